@@ -1,0 +1,79 @@
+"""Reduction plans: which numbers are added to which, in what order, in what type, and where they are rounded.
+
+A plan is all that may touch the bits of a result. It is computed from the operator, the dtype and the
+weight-side sizes alone, never from the number of rows, the GPU or anything tuned. Whatever else a launch
+decides (tile shape, warps, pipeline depth, which operand goes left) is a *schedule*: those live beside the
+kernels that use them and are free to follow the batch.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+MAX_ROW = 65536
+"""Longest row a one-pass row reduction holds in registers: 32 warps of 32 lanes with 64 fp32 values each."""
+
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+"""How fp32 operands are multiplied. 16-bit operands have exact fp32 products and take no such choice."""
+
+
+def next_power_of_2(n: int) -> int:
+    """Smallest power of two that is at least ``n`` (1 for ``n`` <= 1)."""
+    return 1 << max(n - 1, 0).bit_length()
+
+
+@dataclass(frozen=True)
+class RowPlan:
+    """A row of ``n`` numbers is summed in fp32 by a balanced binary tree over ``width`` leaves.
+
+    Leaf ``i`` holds element ``i``, or zero past the end of the row. Neighbours are added first: (0, 1),
+    (2, 3), ...; then neighbouring sums; ``log2(width)`` levels in all. Every addition has two operands and
+    fp32 addition commutes, so the tree fixes every bit: threads and warps can divide the leaves as they like.
+    """
+
+    n: int
+    width: int
+
+    @property
+    def levels(self) -> int:
+        """Depth of the tree: the number of roundings between a leaf and the root."""
+        return self.width.bit_length() - 1
+
+
+def plan_row(n: int) -> RowPlan:
+    """The plan of a sum over a row of ``n`` elements.
+
+    Raises:
+        ValueError: ``n`` is below 1 or above ``MAX_ROW``.
+    """
+    if not 1 <= n <= MAX_ROW:
+        raise ValueError(f"n must be between 1 and {MAX_ROW}, got n={n}")
+    return RowPlan(n=n, width=next_power_of_2(n))
+
+
+@dataclass(frozen=True)
+class MatmulPlan:
+    """Every output element is one left-to-right pass over ``k`` products, accumulated in fp32 from zero.
+
+    ``precision`` says how fp32 operands enter the multiplier (``"ieee"``, ``"tf32"`` or ``"tf32x3"``).
+    ``block_k`` is ``None`` where the length of a K step and the operand order are free: they group the same
+    products in the same order. TF32x3 adds three partial products step by step, so there both belong to the
+    tree: steps of ``block_k``, ``a`` on the left.
+    """
+
+    k: int
+    precision: str
+    block_k: int | None
+
+
+def plan_matmul(k: int, itemsize: int, precision: str = "ieee") -> MatmulPlan:
+    """The plan of ``(M, K) @ (K, N)`` for operands of ``itemsize`` bytes. M is deliberately not an argument.
+
+    Raises:
+        ValueError: ``precision`` is not one of ``PRECISIONS``, or is not ``"ieee"`` for 16-bit operands.
+    """
+    if precision not in PRECISIONS:
+        raise ValueError(f"precision must be one of {PRECISIONS}, got precision={precision!r}")
+    if itemsize != 4 and precision != "ieee":
+        raise ValueError(f"precision={precision!r} is for float32 operands; 16-bit products are exact in fp32")
+    return MatmulPlan(k=k, precision=precision, block_k=32 if precision == "tf32x3" else None)
