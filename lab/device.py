@@ -55,10 +55,8 @@ class Preset:
     """Batch sizes of an invariance sweep."""
 
 
-STRADDLING = tuple(
-    int(m)
-    for m in "1 2 7 15 16 17 31 32 33 63 64 65 127 128 129 255 256 257 511 512 513 1000 1024 1025 2048 4096".split()
-)
+STRADDLING = (1, 2, 7, 15, 16, 17, 31, 32, 33, 63, 64, 65, 127, 128, 129, 255, 256, 257,
+              511, 512, 513, 1000, 1024, 1025, 2048, 4096)  # fmt: skip
 """Batch sizes around every power of two up to 1024, where thresholds in a kernel's configuration like to sit."""
 
 PRESETS = {

@@ -1,0 +1,45 @@
+"""Every kernel compiles for GPUs that are not here, without spilling, within the shared memory of each."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+
+from lab.device import ROOT
+
+SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+CONSUMER_BYTES = 99 * 1024  # Nvidia's 8.6, 8.9 and 12.0: what runs without TMA must fit there too
+
+
+@pytest.fixture(scope="module", params=SHARED_BYTES)
+def compiled(request):
+    command = [sys.executable, "tests/compile_probe.py", request.param]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr
+    return request.param, [json.loads(line) for line in run.stdout.splitlines()]
+
+
+def test_all_families_compile(compiled):
+    _, kernels = compiled
+    families = {kernel["kernel"].split()[0] for kernel in kernels}
+    assert families == {"rms_norm", "layer_norm", "matmul"}
+
+
+def test_nothing_spills(compiled):
+    _, kernels = compiled
+    assert not [kernel for kernel in kernels if kernel["spills"]]
+
+
+def test_shared_memory_fits(compiled):
+    target, kernels = compiled
+    assert not [kernel for kernel in kernels if kernel["shared"] > SHARED_BYTES[target]]
+
+
+def test_what_needs_no_tma_fits_a_consumer_gpu(compiled):
+    _, kernels = compiled
+    plain = [kernel for kernel in kernels if "persistent=True" not in kernel["kernel"]]
+    assert plain
+    assert not [kernel for kernel in plain if kernel["shared"] > CONSUMER_BYTES]

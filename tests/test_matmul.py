@@ -1,0 +1,173 @@
+"""Matmul, in the interpreter or on the GPU at hand: right for every layout and size, strict about arguments.
+
+The interpreter multiplies with NumPy, whose bits may follow the tile: that schedules are free is tested on GPUs.
+bfloat16 needs one too, because the interpreter's dot is wrong there.
+"""
+
+import inspect
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kernels import matmul as mm
+from kernels.matmul import MatmulSchedule, choose_schedule, matmul, matmul_ref
+from kernels.plan import plan_matmul
+from lab import peers
+from lab.check import check_invariance, same_bits
+from lab.device import current_device
+from lab.timing import relative_error
+
+DEVICE = current_device().torch_device
+DTYPES = [torch.float16, torch.float32, *[torch.bfloat16] * current_device().is_gpu]
+SCHEDULES = [
+    MatmulSchedule(32, 32, 32, 4, 3),
+    MatmulSchedule(16, 64, 32, 4, 3, swap=True),
+    MatmulSchedule(32, 64, 32, 4, 3, persistent=True),
+    MatmulSchedule(16, 32, 64, 4, 3, swap=True, persistent=True, group_m=2),
+]
+
+
+def matrix(rows, columns, dtype, layout="rows", seed=0):
+    """Random matrix; ``columns`` layout has its columns side by side in memory, ``strided`` neither."""
+    x = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed)).to(DEVICE, dtype)
+    if layout == "columns":
+        return x.t().contiguous().t()
+    if layout == "strided":
+        return torch.stack([x, x], dim=-1)[..., 0]
+    return x
+
+
+def limit(reference, a, b, bias=None):
+    """Twice PyTorch's own error in this dtype, with one rounding of the result as a floor."""
+    out = a @ b if bias is None else a @ b + bias
+    return max(2 * relative_error(out, reference), torch.finfo(a.dtype).eps)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("schedule", [None, *SCHEDULES])
+def test_every_schedule_is_right(schedule, dtype):
+    a, b = matrix(37, 96, dtype), matrix(96, 72, dtype, "columns", seed=1)
+    reference = matmul_ref(a, b)
+    assert relative_error(matmul(a, b, schedule=schedule), reference) <= limit(reference, a, b)
+
+
+@pytest.mark.parametrize("a_layout", ["rows", "columns", "strided"])
+@pytest.mark.parametrize("b_layout", ["rows", "columns", "strided"])
+def test_every_layout_is_right(a_layout, b_layout):
+    a, b = matrix(20, 40, torch.float16, a_layout), matrix(40, 24, torch.float16, b_layout, seed=1)
+    bias = matrix(1, 48, torch.float16, seed=2)[0, ::2]
+    reference = matmul_ref(a, b, bias)
+    assert relative_error(matmul(a, b, bias), reference) <= limit(reference, a, b, bias)
+
+
+@settings(max_examples=40, deadline=None)
+@given(st.integers(1, 70), st.integers(1, 70), st.integers(1, 90), st.sampled_from(DTYPES))
+def test_ragged_sizes_are_right(m, n, k, dtype):
+    a, b = matrix(m, k, dtype), matrix(k, n, dtype, seed=1)
+    reference = matmul_ref(a, b)
+    assert relative_error(matmul(a, b), reference) <= limit(reference, a, b)
+
+
+@pytest.mark.parametrize("sizes", [(0, 3, 4), (3, 0, 4), (0, 0, 0)])
+def test_empty_results_have_their_shape(sizes):
+    m, n, k = sizes
+    c = matmul(matrix(m, k, torch.float32), matrix(k, n, torch.float32))
+    assert c.shape == (m, n)
+
+
+def test_an_empty_sum_is_zero_or_the_bias():
+    a, b, bias = matrix(3, 0, torch.float32), matrix(0, 2, torch.float32), matrix(1, 2, torch.float32)[0]
+    assert torch.equal(matmul(a, b), torch.zeros(3, 2, device=DEVICE))
+    assert torch.equal(matmul(a, b, bias), bias.expand(3, 2))
+
+
+def test_ieee_keeps_integers_to_2_24_exact():
+    a = torch.tensor([[2.0**24, 1.0], [2049.0, -1.0]], device=DEVICE)
+    b = torch.tensor([[1.0, -1.0], [-1.0, 1.0]], device=DEVICE)
+    assert matmul(a, b).tolist() == [[2.0**24 - 1, 1 - 2.0**24], [2050.0, -2050.0]]
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("fn", [matmul, peers.single_tile])
+def test_rows_do_not_leak_into_each_other(fn, dtype):
+    """On small integers, whose sums are exact: NumPy's dot rounds differently from row to row of a tile."""
+    a, b = (8 * matrix(33, 64, torch.float32)).round().to(dtype), matrix(64, 40, dtype, seed=1).round()
+    report = check_invariance(lambda a: fn(a, b), a, [1, 2, 7, 15, 16, 17, 32])
+    assert report.invariant, report
+
+
+def test_the_number_of_sms_changes_no_bit(monkeypatch):
+    a, b = matrix(70, 64, torch.float32), matrix(64, 132, torch.float32, seed=1)
+    results = []
+    for sms in (1, 20, 78, 132, 188):
+        monkeypatch.setattr(mm, "sm_count", lambda device, sms=sms: sms)
+        results.append(matmul(a, b, schedule=SCHEDULES[2]))
+    assert all(same_bits(result, results[0]) for result in results)
+
+
+def test_tiles_are_visited_once_each():
+    """Every (row block, column block) belongs to exactly one program, whatever the grouping."""
+    for m, n, group in [(1, 7, 8), (5, 3, 2), (8, 8, 8), (9, 4, 8), (17, 5, 4)]:
+        seen = {tile(pid, m, n, group) for pid in range(m * n)}
+        assert seen == {(i, j) for i in range(m) for j in range(n)}
+
+
+def tile(pid, blocks_m, blocks_n, group):
+    import triton
+    import triton.language as tl
+
+    @triton.jit
+    def where_kernel(out_ptr, pid, M, N, GROUP_M: tl.constexpr):
+        pid_m, pid_n = mm.tile_of(pid, M, N, 1, 1, GROUP_M)
+        tl.store(out_ptr, pid_m)
+        tl.store(out_ptr + 1, pid_n)
+
+    out = torch.full((2,), -1, dtype=torch.int32, device=DEVICE)
+    where_kernel[(1,)](out, pid, blocks_m, blocks_n, GROUP_M=group)
+    return tuple(out.tolist())
+
+
+def test_default_schedules_respect_the_plan_and_the_operands():
+    for m in (1, 16, 17, 64, 65, 128, 129, 1000, 8192):
+        for n in (1, 1000, 28672):
+            for itemsize, precision in ((2, "ieee"), (4, "ieee"), (4, "tf32"), (4, "tf32x3")):
+                plan = plan_matmul(4096, itemsize, precision)
+                for tma in (False, True):
+                    schedule = choose_schedule(m, n, plan, itemsize, tma, 132)
+                    assert tma or not schedule.persistent
+                    assert plan.block_k in (None, schedule.block_k)
+
+
+A, B = torch.zeros(3, 4), torch.zeros(4, 5)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"a": A.int(), "b": B}, TypeError, r"a\.dtype=torch\.int32"),
+        ({"a": A, "b": B.cfloat()}, TypeError, r"b\.dtype=torch\.complex64"),
+        ({"a": A, "b": B.half()}, TypeError, r"b\.dtype=torch\.float16"),
+        ({"a": A, "b": B.to("meta")}, ValueError, r"b\.device=meta"),
+        ({"a": A[0], "b": B}, ValueError, r"a\.shape=\(4,\)"),
+        ({"a": A, "b": B[None]}, ValueError, r"b\.shape=\(1, 4, 5\)"),
+        ({"a": A, "b": B.t()}, ValueError, r"a\.shape=\(3, 4\) has K=4, b\.shape=\(5, 4\) has K=5"),
+        ({"a": A, "b": B, "bias": torch.zeros(4)}, ValueError, r"bias\.shape=\(4,\)"),
+        ({"a": A, "b": B, "precision": "high"}, ValueError, "precision='high'"),
+        ({"a": A.half(), "b": B.half(), "precision": "tf32"}, ValueError, "precision='tf32'"),
+        (
+            {"a": A, "b": B, "precision": "tf32x3", "schedule": MatmulSchedule(16, 16, 64, 4, 3)},
+            ValueError,
+            "block_k=64",
+        ),
+        ({"a": A, "b": torch.zeros(4, 3), "schedule": SCHEDULES[2]}, ValueError, "TMA descriptors"),
+    ],
+)
+def test_bad_arguments_are_named_with_their_value(arguments, error, message):
+    with pytest.raises(error, match=message):
+        matmul(**arguments)
+
+
+def test_the_launcher_takes_no_hint_about_the_batch():
+    assert set(inspect.signature(plan_matmul).parameters) == {"k", "itemsize", "precision"}
