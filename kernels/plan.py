@@ -9,6 +9,7 @@ kernels that use them and are free to follow the batch.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import lru_cache
 
 MAX_ROW = 65536
 """Longest row a one-pass row reduction holds in registers: 32 warps of 32 lanes with 64 fp32 values each."""
@@ -40,6 +41,7 @@ class RowPlan:
         return self.width.bit_length() - 1
 
 
+@lru_cache
 def plan_row(n: int) -> RowPlan:
     """The plan of a sum over a row of ``n`` elements.
 
@@ -66,6 +68,7 @@ class MatmulPlan:
     block_k: int | None
 
 
+@lru_cache
 def plan_matmul(k: int, itemsize: int, precision: str = "ieee") -> MatmulPlan:
     """The plan of ``(M, K) @ (K, N)`` for operands of ``itemsize`` bytes. M is deliberately not an argument.
 

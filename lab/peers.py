@@ -178,8 +178,11 @@ def rms_norm_torch(
 
 @lru_cache
 def rms_norm_compiled() -> Callable[..., torch.Tensor | tuple[torch.Tensor, torch.Tensor]]:
-    """``rms_norm_torch`` through torch.compile, with the number of rows left dynamic."""
-    return torch.compile(rms_norm_torch, dynamic=True)
+    """``rms_norm_torch`` through torch.compile, with sizes left dynamic."""
+    # It compiles anew for one row, for as many rows as columns, with and without a residual, ... and after eight
+    # times it would quietly run uncompiled; fullgraph makes that an error.
+    torch._dynamo.config.recompile_limit = 64
+    return torch.compile(rms_norm_torch, dynamic=True, fullgraph=True)
 
 
 def rms_norm_liger(
