@@ -1,4 +1,4 @@
-"""Matmul: ``c = a @ b (+ bias)``, each output element one left-to-right pass over K.
+"""Matmul: ``c = a @ b (+ bias)``, each output element summed along K as its plan says, whatever the batch.
 
 Shapes: ``a`` is ``(M, K)``, ``b`` is ``(K, N)``, ``bias`` is ``(N,)``, ``c`` is ``(M, N)``. M counts tokens
 (rows), N and K belong to the weight. Products accumulate in fp32; bias is added in fp32; one rounding to the
@@ -6,8 +6,8 @@ output dtype.
 
 Why it is batch-invariant: an element of ``c`` is a sum over K of one row of ``a`` and one column of ``b``, and
 ``MatmulPlan`` fixes the order of that sum from N, K, dtype and precision. Which rows share a tile, how large
-the tile is, which operand goes left and how many programs run are all schedule: they decide where an element
-is computed, never what is added to what.
+the tile is, which operand goes left, how many programs run and whether they take the chunks of K in turn or
+side by side are all schedule: they decide where and when an element is computed, never what is added to what.
 
 Source: the tiling is that of Goto and van de Geijn, "Anatomy of High-Performance Matrix Multiplication", 2008,
 as Triton's own matmul tutorial lays it out; the persistent loop and TMA descriptors follow Nvidia's Hopper
@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from kernels import tuned
 from kernels.checks import check_float, check_like, check_shape
 from kernels.plan import MatmulPlan, plan_matmul
 
@@ -40,7 +41,12 @@ class MatmulSchedule:
         (64 on Hopper) runs along N and its short side (8 and up) along the tokens.
     persistent: one program per SM walks over many tiles and loads through TMA descriptors; otherwise one
         program per tile loads through pointers, which takes any strides.
+    split: persistent, and the chunks of the plan are summed side by side, each by a program of its own; the last
+        one to finish adds the sums up, in the plan's order. Otherwise one program takes the chunks in turn.
+    specialised: persistent, and one warp loads while the others multiply (``kernels/matmul_hopper.py``).
     group_m: tiles of this many row blocks are visited together, so that they share weights in L2.
+    tail_n: a specialised tile is ``block_n + tail_n`` wide, because a power of two often does not divide the
+        work evenly among the SMs.
     """
 
     block_m: int
@@ -50,11 +56,25 @@ class MatmulSchedule:
     num_stages: int
     swap: bool = False
     persistent: bool = False
+    split: bool = False
+    specialised: bool = False
     group_m: int = 8
+    tail_n: int = 0
+
+    @property
+    def tile(self) -> tuple[int, int]:
+        """Rows and columns of ``c`` that one program computes at a time."""
+        return self.block_m, self.block_n + self.tail_n
+
+    def fits(self, plan: MatmulPlan) -> bool:
+        """Whether a thread has registers for this tile: twice as many where chunks are added up in turn."""
+        rows, columns = self.tile
+        sums = 2 if plan.chunks > 1 and not self.split else 1
+        return sums * rows * columns <= 192 * 32 * self.num_warps
 
 
+# Schedules for many rows, each with its share of the tensor cores' rate while all SMs are busy (H200, bf16).
 PERSISTENT_TILES = (
-    # Schedule, and its share of the tensor cores' rate while all SMs are busy (seen on an H200 in bf16).
     (MatmulSchedule(64, 64, 128, 4, 6, swap=True, persistent=True), 0.50),
     (MatmulSchedule(64, 128, 128, 4, 4, swap=True, persistent=True), 0.85),
     (MatmulSchedule(64, 256, 64, 4, 4, persistent=True), 0.75),
@@ -64,33 +84,65 @@ PERSISTENT_TILES = (
     (MatmulSchedule(128, 256, 64, 8, 4, persistent=True), 1.00),
 )
 
+SPECIALISED_TILES = (
+    (MatmulSchedule(64, 64, 128, 4, 6, specialised=True), 0.52),
+    (MatmulSchedule(64, 64, 128, 4, 5, specialised=True, tail_n=32), 0.68),
+    (MatmulSchedule(64, 128, 128, 4, 4, specialised=True), 0.87),
+    (MatmulSchedule(128, 64, 64, 8, 6, specialised=True, tail_n=32), 0.88),
+    (MatmulSchedule(128, 128, 64, 8, 5, specialised=True), 0.97),
+    (MatmulSchedule(128, 128, 64, 8, 5, specialised=True, tail_n=32), 0.97),
+    (MatmulSchedule(128, 128, 64, 8, 4, specialised=True, tail_n=64), 1.00),
+    (MatmulSchedule(128, 256, 64, 8, 3, specialised=True), 1.02),
+)
 
-def choose_schedule(m: int, n: int, plan: MatmulPlan, itemsize: int, tma: bool, sms: int) -> MatmulSchedule:
-    """Default schedule for ``m`` rows and ``n`` columns on a GPU with ``sms`` multiprocessors.
 
-    With few rows the weight's bytes are the cost: thin tiles with the weight on the left and a deep pipeline.
-    With many, the tensor cores' time is: of the large tiles, the one whose last wave of programs leaves the
-    fewest SMs idle. ``tma`` says whether both operands can be loaded through TMA descriptors.
+def choose_schedule(
+    m: int,
+    n: int,
+    plan: MatmulPlan,
+    itemsize: int,
+    tma: bool,
+    sms: int,
+    specialised: bool = False,
+    gpu: str | None = None,
+) -> MatmulSchedule:
+    """The schedule for ``m`` rows and ``n`` columns.
+
+    Where a tuner has measured this shape on the GPU called ``gpu``, what it found fastest. Otherwise: with few rows
+    the weight's bytes are the cost, so thin tiles with the weight on the left and a deep pipeline. With many, the
+    tensor cores' time is: of the large tiles, the one whose last wave of programs leaves the fewest SMs idle.
+
+    Args:
+        tma: whether both operands can be loaded through TMA descriptors.
+        sms: multiprocessors of the GPU.
+        specialised: whether Hopper's specialised kernel may be used.
+        gpu: its name, as torch gives it; ``None`` for the defaults alone.
     """
+    if specialised and gpu is not None and (found := tuned.find(gpu, n, plan.k, m)) is not None:
+        return MatmulSchedule(**found)
+    stages = 3 if plan.chunks == 1 else 2  # a chunk's sum on top: within the 64 KB of AMD's shared memory
     if itemsize == 4:
         if m <= 32 and plan.block_k is None:
-            return MatmulSchedule(16, 64, 64, 4, 3, swap=True)
-        return MatmulSchedule(64, 64, 32, 4, 3)
+            return MatmulSchedule(16, 64, 64, 4, stages, swap=True)
+        return MatmulSchedule(64, 64, 32, 4, stages)
     if not tma:
         if m <= 32:
-            return MatmulSchedule(max(16, triton.next_power_of_2(m)), 64, 64, 4, 4, swap=True)
-        return MatmulSchedule(64, 64, 64, 4, 3) if m <= 64 else MatmulSchedule(128, 128, 32, 8, 3)
-    if m <= 32:
+            return MatmulSchedule(max(16, triton.next_power_of_2(m)), 64, 64, 4, stages, swap=True)
+        return MatmulSchedule(64, 64, 64, 4, stages) if m <= 64 else MatmulSchedule(128, 128, 32, 8, stages)
+    if m <= 32 or (m <= 64 and plan.chunks > 1):
         block_m = max(16, triton.next_power_of_2(m))
-        block_n, block_k = (128, 128) if n >= 128 * sms else (64, 256)
-        return MatmulSchedule(block_m, block_n, block_k, 4, 4, swap=True, persistent=True)
+        block_n, block_k, stages = (128, 128, 4) if n >= 128 * sms else (64, 256, 4) if m <= 32 else (64, 128, 6)
+        split = plan.chunks > 1
+        return MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True, split=split)
 
     def cost(candidate: tuple[MatmulSchedule, float]) -> float:
-        tile, rate = candidate
-        waves = triton.cdiv(triton.cdiv(m, tile.block_m) * triton.cdiv(n, tile.block_n), sms)
-        return waves * tile.block_m * tile.block_n / rate
+        schedule, rate = candidate
+        rows, columns = schedule.tile
+        waves = triton.cdiv(triton.cdiv(m, rows) * triton.cdiv(n, columns), sms)
+        return waves * rows * columns / rate
 
-    return min(PERSISTENT_TILES, key=cost)[0]
+    tiles = PERSISTENT_TILES + SPECIALISED_TILES * specialised
+    return min((tile for tile in tiles if tile[0].fits(plan)), key=cost)[0]
 
 
 # ----------------------------------------------------------------------------------------------- helpers
@@ -106,6 +158,52 @@ def tile_of(pid, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl
     return first_m + pid % (GROUP_M * blocks_n) % group, pid % (GROUP_M * blocks_n) // group
 
 
+@triton.jit
+def sum_chunk(
+    a_desc,
+    b_desc,
+    start_m,
+    start_n,
+    start_k,
+    end_k,
+    PRECISION: tl.constexpr,
+    SWAP: tl.constexpr,
+    A_K_MAJOR: tl.constexpr,
+    B_K_MAJOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """One tile's sum over one chunk of K, left to right from zero; transposed if SWAP."""
+    if SWAP:
+        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+    else:
+        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for k in range(start_k, end_k, BLOCK_K):
+        if A_K_MAJOR:
+            a = a_desc.load([start_m, k])
+        else:
+            a = tl.trans(a_desc.load([k, start_m]))
+        if B_K_MAJOR:
+            b = tl.trans(b_desc.load([start_n, k]))
+        else:
+            b = b_desc.load([k, start_n])
+        if SWAP:
+            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
+        else:
+            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+    return acc
+
+
+@triton.jit
+def store_tile(c_ptr, bias_ptr, total, offs_m, offs_n, M, N, stride_cm, HAS_BIAS: tl.constexpr):
+    """Add the bias in fp32, round once, store what lies inside the matrix."""
+    if HAS_BIAS:
+        total += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
+    c_ptrs = c_ptr + offs_m[:, None] * stride_cm + offs_n[None, :]
+    tl.store(c_ptrs, total.to(c_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N))
+
+
 # ----------------------------------------------------------------------------------------------- kernels
 
 
@@ -118,6 +216,7 @@ def _matmul_kernel(
     M,
     N,
     K,
+    chunk_k,
     stride_am,
     stride_ak,
     stride_bk,
@@ -125,6 +224,7 @@ def _matmul_kernel(
     stride_cm,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr,
     SWAP: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -140,28 +240,31 @@ def _matmul_kernel(
     a_ptrs = a_ptr + tl.where(offs_m < M, offs_m, 0)[:, None] * stride_am + offs_k[None, :] * stride_ak
     b_ptrs = b_ptr + offs_k[:, None] * stride_bk + tl.where(offs_n < N, offs_n, 0)[None, :] * stride_bn
     if SWAP:
-        acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
+        total = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
     else:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-    for k in range(0, K, BLOCK_K):
-        if EVEN_K:
-            a = tl.load(a_ptrs)
-            b = tl.load(b_ptrs)
-        else:
-            a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
-            b = tl.load(b_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
+        total = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+    for chunk in range(CHUNKS):
         if SWAP:
-            acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
+            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
         else:
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        a_ptrs += BLOCK_K * stride_ak
-        b_ptrs += BLOCK_K * stride_bk
+            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
+        for k in range(chunk * chunk_k, min((chunk + 1) * chunk_k, K), BLOCK_K):
+            if EVEN_K:
+                a = tl.load(a_ptrs)
+                b = tl.load(b_ptrs)
+            else:
+                a = tl.load(a_ptrs, mask=offs_k[None, :] < K - k, other=0.0)
+                b = tl.load(b_ptrs, mask=offs_k[:, None] < K - k, other=0.0)
+            if SWAP:
+                acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            a_ptrs += BLOCK_K * stride_ak
+            b_ptrs += BLOCK_K * stride_bk
+        total = tl.where(chunk > 0, total + acc, acc)
     if SWAP:
-        acc = tl.trans(acc)
-    if HAS_BIAS:
-        acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-    c_ptrs = c_ptr + offs_m[:, None] * stride_cm + offs_n[None, :]
-    tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N))
+        total = tl.trans(total)
+    store_tile(c_ptr, bias_ptr, total, offs_m, offs_n, M, N, stride_cm, HAS_BIAS)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -173,9 +276,11 @@ def _matmul_persistent_kernel(
     M,
     N,
     K,
+    chunk_k,
     stride_cm,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr,
     SWAP: tl.constexpr,
     A_K_MAJOR: tl.constexpr,
     B_K_MAJOR: tl.constexpr,
@@ -190,31 +295,69 @@ def _matmul_persistent_kernel(
         pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         start_m = pid_m * BLOCK_M
         start_n = pid_n * BLOCK_N
+        for chunk in tl.static_range(CHUNKS):
+            acc = sum_chunk(a_desc, b_desc, start_m, start_n, chunk * chunk_k, min((chunk + 1) * chunk_k, K),
+                            PRECISION, SWAP, A_K_MAJOR, B_K_MAJOR, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+            if chunk == 0:
+                total = acc
+            else:
+                total += acc
         if SWAP:
-            acc = tl.zeros((BLOCK_N, BLOCK_M), dtype=tl.float32)
-        else:
-            acc = tl.zeros((BLOCK_M, BLOCK_N), dtype=tl.float32)
-        for k in range(0, K, BLOCK_K):
-            if A_K_MAJOR:
-                a = a_desc.load([start_m, k])
-            else:
-                a = tl.trans(a_desc.load([k, start_m]))
-            if B_K_MAJOR:
-                b = tl.trans(b_desc.load([start_n, k]))
-            else:
-                b = b_desc.load([k, start_n])
-            if SWAP:
-                acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)
-            else:
-                acc = tl.dot(a, b, acc, input_precision=PRECISION)
-        if SWAP:
-            acc = tl.trans(acc)
+            total = tl.trans(total)
         offs_m = start_m.to(tl.int64) + tl.arange(0, BLOCK_M)
         offs_n = start_n + tl.arange(0, BLOCK_N)
-        if HAS_BIAS:
-            acc += tl.load(bias_ptr + offs_n, mask=offs_n < N, other=0.0).to(tl.float32)[None, :]
-        c_ptrs = c_ptr + offs_m[:, None] * stride_cm + offs_n[None, :]
-        tl.store(c_ptrs, acc.to(c_ptr.dtype.element_ty), mask=(offs_m[:, None] < M) & (offs_n[None, :] < N))
+        store_tile(c_ptr, bias_ptr, total, offs_m, offs_n, M, N, stride_cm, HAS_BIAS)
+
+
+@triton.jit(do_not_specialize=["M"])
+def _matmul_split_kernel(
+    a_desc,
+    b_desc,
+    bias_ptr,
+    c_ptr,
+    partial_ptr,
+    done_ptr,
+    M,
+    N,
+    K,
+    chunk_k,
+    stride_cm,
+    HAS_BIAS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    SWAP: tl.constexpr,
+    A_K_MAJOR: tl.constexpr,
+    B_K_MAJOR: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    num_jobs = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * CHUNKS
+    for job in tl.range(tl.program_id(0), num_jobs, tl.num_programs(0)):
+        tile = job // CHUNKS
+        chunk = job % CHUNKS
+        pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        start_m = pid_m * BLOCK_M
+        start_n = pid_n * BLOCK_N
+        acc = sum_chunk(a_desc, b_desc, start_m, start_n, chunk * chunk_k, min((chunk + 1) * chunk_k, K),
+                        PRECISION, SWAP, A_K_MAJOR, B_K_MAJOR, BLOCK_M, BLOCK_N, BLOCK_K)  # fmt: skip
+        if SWAP:
+            acc = tl.trans(acc)
+        rows = tl.arange(0, BLOCK_M)
+        columns = tl.arange(0, BLOCK_N)
+        tile_ptrs = partial_ptr + tile.to(tl.int64) * CHUNKS * BLOCK_M * BLOCK_N
+        tile_ptrs += rows[:, None] * BLOCK_N + columns[None, :]
+        tl.store(tile_ptrs + chunk * BLOCK_M * BLOCK_N, acc)
+        tl.debug_barrier()  # all threads have stored before one of them says so
+        if tl.atomic_add(done_ptr + tile, 1, sem="acq_rel") == CHUNKS - 1:
+            # Whoever comes last finds all sums there. Past L1, which may hold what lay there before.
+            total = tl.load(tile_ptrs, cache_modifier=".cg")
+            for later in tl.static_range(1, CHUNKS):
+                total += tl.load(tile_ptrs + later * BLOCK_M * BLOCK_N, cache_modifier=".cg")
+            offs_m = start_m.to(tl.int64) + rows
+            store_tile(c_ptr, bias_ptr, total, offs_m, start_n + columns, M, N, stride_cm, HAS_BIAS)
+            tl.store(done_ptr + tile, 0)  # as the next launch wants to find it
 
 
 # ---------------------------------------------------------------------------------------------- launchers
@@ -227,6 +370,12 @@ def sm_count(device: torch.device) -> int:
 
 
 @lru_cache
+def gpu_name(device: torch.device) -> str:
+    """The GPU's name, under which tuned tables are kept."""
+    return torch.cuda.get_device_name(device)
+
+
+@lru_cache
 def has_tma(device: torch.device) -> bool:
     """Whether ``device`` has TMA and room for its tiles: Nvidia's 9.x and 10.x, with 227 KB of shared memory an SM.
 
@@ -235,6 +384,12 @@ def has_tma(device: torch.device) -> bool:
     if device.type != "cuda":
         return True  # the interpreter plays TMA
     return torch.version.hip is None and torch.cuda.get_device_capability(device)[0] in (9, 10)
+
+
+@lru_cache
+def has_wgmma(device: torch.device) -> bool:
+    """Whether ``device`` runs the specialised kernel: Nvidia's 9.x, whose tensor cores are driven by wgmma."""
+    return device.type == "cuda" and has_tma(device) and torch.cuda.get_device_capability(device)[0] == 9
 
 
 def _descriptor_fits(x: torch.Tensor) -> bool:
@@ -291,27 +446,64 @@ def matmul(
         check_like("bias", bias, "a", a)
         check_shape("bias", bias, (n,))
         bias = bias.contiguous()
-    plan = plan_matmul(k, a.element_size(), precision)
+    plan = plan_matmul(n, k, a.element_size(), precision)
     # Columns past a multiple of 16 break up the stores of a large tile, whose staging then outgrows shared memory.
     tma = has_tma(a.device) and k > 0 and n % 16 == 0 and _descriptor_fits(a) and _descriptor_fits(b)
+    k_major = a.stride(1) == 1 and b.stride(0) == 1
+    specialised = tma and has_wgmma(a.device) and a.element_size() == 2 and k_major and bias is None
     if schedule is None:
-        schedule = choose_schedule(m, n, plan, a.element_size(), tma, sm_count(a.device))
+        gpu = gpu_name(a.device) if specialised else None
+        schedule = choose_schedule(m, n, plan, a.element_size(), tma, sm_count(a.device), specialised, gpu)
     if plan.block_k is not None and (schedule.block_k != plan.block_k or schedule.swap):
         raise ValueError(f"schedule={schedule} is outside {plan}: its block_k and operand order are fixed")
-    if schedule.persistent and not tma:
+    if (schedule.persistent or schedule.split) and not tma:
         raise ValueError(f"schedule={schedule} needs TMA descriptors, which these operands or this GPU rule out")
+    if schedule.specialised and not specialised:
+        raise ValueError(
+            f"schedule={schedule} needs a Hopper GPU and 16-bit operands with their K elements side by side, no bias"
+        )
     c = torch.empty((m, n), dtype=a.dtype, device=a.device)
     if m and n:
         _launch(a, b, bias, c, plan, schedule)
     return c
 
 
+FINISHED_COUNTERS = 1 << 20
+_counters: dict[torch.device, list] = {}
+
+
+def _finished_counters(tiles: int, device: torch.device) -> torch.Tensor | None:
+    """Zeros that a split launch counts finished chunks in, one a tile; it leaves zeros behind.
+
+    Two launches that run at once must not share them. An eager call takes fresh ones. Inside a CUDA graph that would
+    be one more kernel at every replay, so each captured call keeps its own stretch of a reserve that an eager call
+    set up before. ``None`` if there is no reserve, or no more of it: take the chunks in turn then, for the same bits.
+    """
+    if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
+        if device.type == "cuda" and device not in _counters:
+            _counters[device] = [torch.zeros(FINISHED_COUNTERS, dtype=torch.int32, device=device), 0]
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    reserve, used = _counters.get(device, (None, FINISHED_COUNTERS))
+    if used + tiles > FINISHED_COUNTERS:
+        return None
+    _counters[device][1] = used + tiles
+    return reserve[used : used + tiles]
+
+
 def _launch(a, b, bias, c, plan: MatmulPlan, schedule: MatmulSchedule) -> None:
     (m, k), n = a.shape, b.shape[1]
-    tiles = triton.cdiv(m, schedule.block_m) * triton.cdiv(n, schedule.block_n)
+    rows, columns = schedule.tile
+    tiles = triton.cdiv(m, rows) * triton.cdiv(n, columns)
+    sms = sm_count(a.device)
+    if schedule.specialised:
+        from kernels import matmul_hopper  # Gluon: needed on Hopper alone
+
+        matmul_hopper.launch(a, b, c, plan, schedule, min(sms, tiles))
+        return
     options = {
         "HAS_BIAS": bias is not None,
         "PRECISION": plan.precision,
+        "CHUNKS": plan.chunks,
         "SWAP": schedule.swap,
         "BLOCK_M": schedule.block_m,
         "BLOCK_N": schedule.block_n,
@@ -320,39 +512,23 @@ def _launch(a, b, bias, c, plan: MatmulPlan, schedule: MatmulSchedule) -> None:
         "num_warps": schedule.num_warps,
         "num_stages": schedule.num_stages,
     }
-    if schedule.persistent:
-        a_desc, a_k_major = _descriptor(a, (schedule.block_m, schedule.block_k))
-        b_desc, b_n_major = _descriptor(b, (schedule.block_k, schedule.block_n))
-        grid = (min(sm_count(a.device), tiles),)
-        _matmul_persistent_kernel[grid](
-            a_desc,
-            b_desc,
-            bias,
-            c,
-            m,
-            n,
-            k,
-            c.stride(0),
-            A_K_MAJOR=a_k_major,
-            B_K_MAJOR=not b_n_major,
-            FLATTEN=schedule.block_m >= 128,
-            **options,
-        )
+    sizes = (m, n, k, plan.chunk_k)
+    if not schedule.persistent:
+        strides = (*a.stride(), *b.stride(), c.stride(0))
+        _matmul_kernel[(tiles,)](a, b, bias, c, *sizes, *strides, EVEN_K=k % schedule.block_k == 0, **options)
+        return
+    a_desc, options["A_K_MAJOR"] = _descriptor(a, (schedule.block_m, schedule.block_k))
+    b_desc, b_n_major = _descriptor(b, (schedule.block_k, schedule.block_n))
+    options["B_K_MAJOR"] = not b_n_major
+    counters = _finished_counters(tiles, a.device) if schedule.split else None
+    if counters is not None:
+        partial = torch.empty(tiles * plan.chunks * rows * columns, dtype=torch.float32, device=a.device)
+        grid = (min(sms, tiles * plan.chunks),)
+        _matmul_split_kernel[grid](a_desc, b_desc, bias, c, partial, counters, *sizes, c.stride(0), **options)
     else:
-        _matmul_kernel[(tiles,)](
-            a,
-            b,
-            bias,
-            c,
-            m,
-            n,
-            k,
-            *a.stride(),
-            *b.stride(),
-            c.stride(0),
-            EVEN_K=k % schedule.block_k == 0,
-            **options,
-        )
+        flatten = schedule.block_m >= 128 and plan.chunks == 1
+        grid = (min(sms, tiles),)
+        _matmul_persistent_kernel[grid](a_desc, b_desc, bias, c, *sizes, c.stride(0), FLATTEN=flatten, **options)
 
 
 # --------------------------------------------------------------------------------------------- references

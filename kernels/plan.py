@@ -18,6 +18,10 @@ PRECISIONS = ("ieee", "tf32", "tf32x3")
 """How fp32 operands are multiplied. 16-bit operands have exact fp32 products and take no such choice."""
 
 
+CHUNK_UNIT = 256
+"""Lengths of chunks along K are multiples of this, and so of every step that a matmul schedule takes."""
+
+
 def next_power_of_2(n: int) -> int:
     """Smallest power of two that is at least ``n`` (1 for ``n`` <= 1)."""
     return 1 << max(n - 1, 0).bit_length()
@@ -55,7 +59,10 @@ def plan_row(n: int) -> RowPlan:
 
 @dataclass(frozen=True)
 class MatmulPlan:
-    """Every output element is one left-to-right pass over ``k`` products, accumulated in fp32 from zero.
+    """How one output element of ``(M, K) @ (K, N)`` is summed over its ``k`` products.
+
+    K is cut into ``chunks`` stretches of ``chunk_k`` (the last may be shorter). Each is summed left to right in
+    fp32, from zero; then the sums of the chunks are added left to right. One chunk is one pass over all of K.
 
     ``precision`` says how fp32 operands enter the multiplier (``"ieee"``, ``"tf32"`` or ``"tf32x3"``).
     ``block_k`` is ``None`` where the length of a K step and the operand order are free: they group the same
@@ -64,13 +71,18 @@ class MatmulPlan:
     """
 
     k: int
+    chunks: int
+    chunk_k: int
     precision: str
     block_k: int | None
 
 
 @lru_cache
-def plan_matmul(k: int, itemsize: int, precision: str = "ieee") -> MatmulPlan:
-    """The plan of ``(M, K) @ (K, N)`` for operands of ``itemsize`` bytes. M is deliberately not an argument.
+def plan_matmul(n: int, k: int, itemsize: int, precision: str = "ieee") -> MatmulPlan:
+    """The plan for operands of ``itemsize`` bytes. M is deliberately not an argument.
+
+    A narrow weight has too few columns to occupy a GPU when there are few rows, so its K is cut. It is cut for
+    every M alike, and at lengths that every step along K divides.
 
     Raises:
         ValueError: ``precision`` is not one of ``PRECISIONS``, or is not ``"ieee"`` for 16-bit operands.
@@ -79,4 +91,8 @@ def plan_matmul(k: int, itemsize: int, precision: str = "ieee") -> MatmulPlan:
         raise ValueError(f"precision must be one of {PRECISIONS}, got precision={precision!r}")
     if itemsize != 4 and precision != "ieee":
         raise ValueError(f"precision={precision!r} is for float32 operands; 16-bit products are exact in fp32")
-    return MatmulPlan(k=k, precision=precision, block_k=32 if precision == "tf32x3" else None)
+    chunks = 1
+    if k >= 4096:
+        chunks = 4 if n <= 1280 else 2 if n <= 2560 else 1
+    chunk_k = -(-k // (chunks * CHUNK_UNIT)) * CHUNK_UNIT
+    return MatmulPlan(k, chunks, chunk_k, precision, block_k=32 if precision == "tf32x3" else None)

@@ -5,6 +5,7 @@ A process of its own, because Triton decides at import whether kernels are compi
 
 from __future__ import annotations
 
+import itertools
 import json
 import os
 import re
@@ -18,9 +19,11 @@ os.environ["TRITON_INTERPRET"] = "0"
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels import matmul, norm
-from kernels.plan import plan_row
+from kernels import matmul, matmul_hopper, norm
+from kernels.plan import MatmulPlan, plan_matmul, plan_row
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -52,18 +55,46 @@ def norm_case(kernel, n: int, dtype: str, **flags: bool):
     return specialised(kernel, arguments, constants, {*pointers, *scalars}), options
 
 
-def matmul_case(schedule: matmul.MatmulSchedule, dtype: str, precision: str):
+def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
+    kernel = matmul_hopper._matmul_specialised_kernel
+
+    def descriptor(rows: int, columns: int) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
+        return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
+
+    s, tail = schedule, schedule.tail_n or schedule.block_n
+    boxes = {"a_desc": (s.block_m, s.block_k), "b_desc": (s.block_n, s.block_k), "tail_desc": (tail, s.block_k)}
+    boxes |= {"c_desc": (s.block_m, s.block_n), "c_tail_desc": (s.block_m, tail)}
+    arguments = {name: descriptor(*box) for name, box in boxes.items()}
+    arguments |= {"M": "i32", "N": "i32", "K": "i32", "chunk_k": "i32"}
+    constants = {"CHUNKS": plan.chunks, "BLOCK_M": s.block_m, "BLOCK_N": s.block_n, "TAIL_N": s.tail_n}
+    constants |= {"BLOCK_K": s.block_k, "STAGES": s.num_stages, "GROUP_M": s.group_m, "num_warps": s.num_warps}
+    names = kernel.arg_names
+    signature = {name: arguments.get(name, "constexpr") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    return GluonASTSource(kernel, signature, values, {}), {"num_warps": s.num_warps}
+
+
+def matmul_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan, dtype: str):
+    if schedule.specialised:
+        return specialised_case(schedule, plan)
     pointer = TYPES[dtype]
     block = {"BLOCK_M": schedule.block_m, "BLOCK_N": schedule.block_n, "BLOCK_K": schedule.block_k}
-    constants = {"HAS_BIAS": True, "PRECISION": precision, "SWAP": schedule.swap, **block}
+    constants = {"HAS_BIAS": True, "PRECISION": plan.precision, "CHUNKS": plan.chunks, "SWAP": schedule.swap, **block}
     constants["GROUP_M"] = schedule.group_m
-    arguments = {"bias_ptr": pointer, "c_ptr": pointer, "M": "i32", "N": "i32", "K": "i32", "stride_cm": "i32"}
-    divisible = {"bias_ptr", "c_ptr", "N", "K", "stride_cm"}
+    arguments = {"bias_ptr": pointer, "c_ptr": pointer, "stride_cm": "i32"}
+    arguments |= {"M": "i32", "N": "i32", "K": "i32", "chunk_k": "i32"}
+    divisible = {"bias_ptr", "c_ptr", "N", "K", "chunk_k", "stride_cm"}
     if schedule.persistent:
-        kernel = matmul._matmul_persistent_kernel
+        kernel = matmul._matmul_split_kernel if schedule.split else matmul._matmul_persistent_kernel
+        if schedule.split:
+            arguments |= {"partial_ptr": "*fp32", "done_ptr": "*i32"}
+            divisible |= {"partial_ptr", "done_ptr"}
+        else:
+            constants["FLATTEN"] = schedule.block_m >= 128 and plan.chunks == 1
         arguments["a_desc"] = f"tensordesc<{dtype}[{schedule.block_m}, {schedule.block_k}]>"
         arguments["b_desc"] = f"tensordesc<{dtype}[{schedule.block_n}, {schedule.block_k}]>"
-        constants |= {"A_K_MAJOR": True, "B_K_MAJOR": True, "FLATTEN": schedule.block_m >= 128}
+        constants |= {"A_K_MAJOR": True, "B_K_MAJOR": True}
     else:
         kernel = matmul._matmul_kernel
         arguments |= {"a_ptr": pointer, "b_ptr": pointer, "stride_am": "i32", "stride_bn": "i32"}
@@ -79,17 +110,19 @@ def cases(target: str):
     for n in (4096, 5120, 8192):
         yield f"rms_norm {n}", *norm_case(norm._rms_norm_kernel, n, "bf16", **flags)
     yield "layer_norm 4096", *norm_case(norm._layer_norm_kernel, 4096, "fp16", HAS_WEIGHT=True, HAS_BIAS=True)
-    tma, sms = target in TMA_TARGETS, 132
+    tma, wgmma, sms = target in TMA_TARGETS, target == "sm_90", 132
     chosen = set()
     for dtype, itemsize, precision in (("bf16", 2, "ieee"), ("fp32", 4, "ieee"), ("fp32", 4, "tf32x3")):
         if target == "gfx942" and precision != "ieee":
             continue  # AMD's matrix cores have no TF32x3
-        plan = matmul.plan_matmul(4096, itemsize, precision)
-        for m in (1, 32, 64, 128, 256, 8192):
-            for n in (4096, 28672):
-                chosen.add((matmul.choose_schedule(m, n, plan, itemsize, tma, sms), dtype, precision))
-    for schedule, dtype, precision in sorted(chosen, key=repr):
-        yield f"matmul {dtype} {precision} {schedule}", *matmul_case(schedule, dtype, precision)
+        for m, n in itertools.product((1, 32, 64, 128, 256, 512, 8192), (768, 1536, 4096, 28672)):
+            plan = plan_matmul(n, 4096, itemsize, precision)
+            for specialised in {False, wgmma and itemsize == 2}:
+                schedule = matmul.choose_schedule(m, n, plan, itemsize, tma, sms, specialised)
+                chosen.add((schedule, plan, dtype))
+    for schedule, plan, dtype in sorted(chosen, key=repr):
+        label = f"matmul {dtype} {plan.precision}, {plan.chunks} chunks, {schedule}"
+        yield label, *matmul_case(schedule, plan, dtype)
 
 
 def resources(binary, target: str) -> dict[str, int]:

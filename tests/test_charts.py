@@ -225,6 +225,17 @@ def test_invariance_map_counts_rows(drawn):
     assert text.count("0") == 4  # ours at three sizes, and cuBLAS at one row
 
 
+def test_invariance_map_joins_the_cases_without_a_change(tmp_path):
+    rows = [
+        row | {"case": case, "rows_differing": row["rows_differing"] * (case == "wide")}
+        for row, case in product(invariance_rows(), ("long", "square", "wide"))
+    ]
+    text = labels(CHARTS["invariance_map"](small(tmp_path, invariance=rows), tmp_path / "figures"))
+    on_the_left = [label for label in text if label.startswith("mm")]
+    assert on_the_left == ["mm · batch_invariant · all 3 cases", "mm · cublas · wide", "mm · cublas · 2 other cases"]
+    assert {f"0 / {3 * 274}", f"{17 // 2 + 256 // 2} / 274", f"0 / {2 * 274}"} <= set(text)
+
+
 # ------------------------------------------------------------------------------------ what is missing
 
 

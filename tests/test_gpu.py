@@ -4,13 +4,15 @@ import hashlib
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
 
 from kernels import matmul as mm
-from kernels.matmul import PERSISTENT_TILES, MatmulSchedule, matmul
+from kernels.matmul import PERSISTENT_TILES, SPECIALISED_TILES, MatmulSchedule, matmul
 from kernels.norm import NormSchedule, layer_norm, rms_norm, rms_norm_ref
+from kernels.plan import plan_matmul
 from lab import peers
 from lab.check import check_invariance, check_prefixes, check_run_to_run, distinct_results, same_bits
 from lab.device import PRESETS, ROOT, STRADDLING
@@ -68,20 +70,27 @@ def pointer_schedules(precision):
 
 
 @pytest.mark.parametrize(("dtype", "precision"), MODES)
-@pytest.mark.parametrize("sizes", [(100, 512, 1024), (33, 1008, 776), (5, 130, 33)])
+@pytest.mark.parametrize(
+    "sizes", [(100, 512, 1024), (33, 3008, 776), (5, 130, 33), (100, 1536, 4160), (70, 768, 5000), (257, 1280, 8192)]
+)
 def test_schedules_are_free_in_a_matmul(sizes, dtype, precision):
     m, n, k = sizes
     a, b = randn(m, k, dtype=dtype), randn(n, k, dtype=dtype, seed=1).t()
+    a[:, ::7], b[:, ::5] = -0.0, -0.0  # columns of zeros of either sign: a schedule must not turn them round
     schedules = pointer_schedules(precision)
     if mm.has_tma(a.device) and dtype != torch.float32 and k % 8 == n % 16 == 0:
-        schedules += [schedule for schedule, _ in PERSISTENT_TILES]
-        schedules += [MatmulSchedule(m, 128, 128, 4, 3, swap=True, persistent=True) for m in (16, 32)]
+        in_turn = [schedule for schedule, _ in PERSISTENT_TILES]
+        in_turn += [MatmulSchedule(m, 128, 128, 4, 3, swap=True, persistent=True) for m in (16, 32)]
+        schedules += in_turn + [replace(schedule, split=True) for schedule in in_turn]
+        schedules += [schedule for schedule, _ in SPECIALISED_TILES if mm.has_wgmma(a.device)]
+    plan = plan_matmul(n, k, a.element_size(), precision)
+    schedules = [schedule for schedule in schedules if schedule.fits(plan)]
     groups = distinct_results(lambda s: matmul(a, b, precision=precision, schedule=s), schedules)
     assert [len(group) for group in groups.values()] == [len(schedules)]
 
 
 @pytest.mark.parametrize(("dtype", "precision"), MODES)
-@pytest.mark.parametrize("sizes", [(4096, 1024), (1000, 776), (130, 33)])
+@pytest.mark.parametrize("sizes", [(4096, 1024), (1000, 776), (130, 33), (768, 4096), (2560, 8192)])
 def test_matmul_rows_keep_their_bits(sizes, dtype, precision):
     n, k = sizes
     a, b = randn(4096, k, dtype=dtype), randn(n, k, dtype=dtype, seed=1).t()
@@ -142,6 +151,37 @@ x = torch.randn(100, 4096, generator=torch.Generator().manual_seed(0)).bfloat16(
 c = matmul(rms_norm(x), x.t().contiguous())
 print(hashlib.sha256(bits(c).cpu().numpy().tobytes()).hexdigest())
 """
+
+
+def test_a_captured_split_keeps_counters_of_its_own():
+    """Two replays of two captured products, and an eager one between: each finds its counters at zero."""
+    a, b = randn(8, 4096, dtype=torch.bfloat16), randn(768, 4096, dtype=torch.bfloat16, seed=1).t()
+    schedule = MatmulSchedule(16, 64, 256, 4, 4, swap=True, persistent=True, split=True)
+    eager = matmul(a, b, schedule=schedule)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = [matmul(a, b, schedule=schedule) for _ in range(2)]
+    for _ in range(2):
+        for c in captured:
+            c.fill_(float("nan"))
+        graph.replay()
+        assert same_bits(matmul(a, b, schedule=schedule), eager)
+        torch.cuda.synchronize()
+        assert all(same_bits(c, eager) for c in captured)
+
+
+def test_without_counters_a_captured_split_takes_the_chunks_in_turn(monkeypatch):
+    a, b = randn(8, 4096, dtype=torch.bfloat16), randn(768, 4096, dtype=torch.bfloat16, seed=1).t()
+    schedule = MatmulSchedule(16, 64, 256, 4, 4, swap=True, persistent=True, split=True)
+    eager = matmul(a, b, schedule=schedule)
+    matmul(a, b, schedule=replace(schedule, split=False))  # compiled before the capture
+    monkeypatch.setattr(mm, "FINISHED_COUNTERS", 0)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = matmul(a, b, schedule=schedule)
+    graph.replay()
+    torch.cuda.synchronize()
+    assert same_bits(captured, eager)
 
 
 def test_two_fresh_processes_agree():

@@ -5,6 +5,7 @@ bfloat16 needs one too, because the interpreter's dot is wrong there.
 """
 
 import inspect
+from dataclasses import replace
 
 import pytest
 import torch
@@ -94,6 +95,30 @@ def test_rows_do_not_leak_into_each_other(fn, dtype):
     assert report.invariant, report
 
 
+@pytest.mark.parametrize("n", [48, 1296])
+def test_chunks_of_k_are_added_left_to_right(n):
+    """In fp32, where nothing is rounded on the way: one product over all of K, and the sum of its chunks'."""
+    k, schedule = 4096 + 96, SCHEDULES[0]
+    plan = plan_matmul(n, k, 4)
+    assert plan.chunks == (4 if n == 48 else 2)
+    a, b = matrix(5, k, torch.float32), matrix(k, n, torch.float32, seed=1)
+    cuts = range(0, k, plan.chunk_k)
+    parts = [matmul(a[:, at : at + plan.chunk_k], b[at : at + plan.chunk_k], schedule=schedule) for at in cuts]
+    total = parts[0]
+    for part in parts[1:]:
+        total = total + part
+    assert same_bits(matmul(a, b, schedule=schedule), total)
+
+
+def test_chunks_side_by_side_have_the_bits_of_chunks_in_turn():
+    in_turn = MatmulSchedule(16, 32, 64, 4, 3, swap=True, persistent=True)
+    a, b = matrix(20, 4160, torch.float16), matrix(4160, 48, torch.float16, "columns", seed=1)
+    bias = matrix(1, 48, torch.float16, seed=2)[0]
+    split = matmul(a, b, bias, schedule=replace(in_turn, split=True))
+    assert same_bits(split, matmul(a, b, bias, schedule=in_turn))
+    assert_accurate(split, a, b, bias)
+
+
 def test_the_number_of_sms_changes_no_bit(monkeypatch):
     a, b = matrix(70, 64, torch.float32), matrix(64, 144, torch.float32, seed=1)
     results = []
@@ -129,11 +154,13 @@ def test_default_schedules_respect_the_plan_and_the_operands():
     for m in (1, 16, 17, 64, 65, 128, 129, 1000, 8192):
         for n in (1, 1000, 28672):
             for itemsize, precision in ((2, "ieee"), (4, "ieee"), (4, "tf32"), (4, "tf32x3")):
-                plan = plan_matmul(4096, itemsize, precision)
-                for tma in (False, True):
-                    schedule = choose_schedule(m, n, plan, itemsize, tma, 132)
-                    assert tma or not schedule.persistent
+                plan = plan_matmul(n, 4096, itemsize, precision)
+                for tma, specialised in ((False, False), (True, False), (True, True)):
+                    schedule = choose_schedule(m, n, plan, itemsize, tma, 132, specialised)
+                    assert tma or not (schedule.persistent or schedule.split)
+                    assert specialised or not schedule.specialised
                     assert plan.block_k in (None, schedule.block_k)
+                    assert schedule.fits(plan)
 
 
 A, B = torch.zeros(3, 4), torch.zeros(4, 5)
@@ -166,4 +193,4 @@ def test_bad_arguments_are_named_with_their_value(arguments, error, message):
 
 
 def test_the_launcher_takes_no_hint_about_the_batch():
-    assert set(inspect.signature(plan_matmul).parameters) == {"k", "itemsize", "precision"}
+    assert set(inspect.signature(plan_matmul).parameters) == {"n", "k", "itemsize", "precision"}

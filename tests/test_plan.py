@@ -32,12 +32,20 @@ def test_a_row_that_does_not_fit_is_refused(n):
 
 
 def test_precision_belongs_to_fp32():
-    assert plan.plan_matmul(64, 4, "tf32x3").block_k == 32
-    assert plan.plan_matmul(64, 4, "tf32").block_k is None
+    assert plan.plan_matmul(8, 64, 4, "tf32x3").block_k == 32
+    assert plan.plan_matmul(8, 64, 4, "tf32").block_k is None
     with pytest.raises(ValueError, match="precision='fast'"):
-        plan.plan_matmul(64, 4, "fast")
+        plan.plan_matmul(8, 64, 4, "fast")
     with pytest.raises(ValueError, match="precision='tf32'"):
-        plan.plan_matmul(64, 2, "tf32")
+        plan.plan_matmul(8, 64, 2, "tf32")
+
+
+@given(st.integers(0, 60_000), st.integers(0, 60_000))
+def test_chunks_cover_k_exactly_in_lengths_that_every_step_divides(n, k):
+    made = plan.plan_matmul(n, k, 2)
+    assert made.chunk_k % plan.CHUNK_UNIT == 0
+    assert (made.chunks - 1) * made.chunk_k < max(k, 1)
+    assert made.chunks * made.chunk_k >= k
 
 
 @given(st.integers(-5, 100_000))

@@ -1,0 +1,43 @@
+"""Tables of schedules that measurement found fastest, one JSON file per GPU in ``kernels/tuned/``.
+
+A table can make a kernel faster or slower, never change a bit: it names schedules, and schedules are free.
+``lab/tune.py`` writes the tables; a GPU without one runs on the defaults.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from bisect import bisect_left
+from functools import lru_cache
+from pathlib import Path
+
+FOLDER = Path(__file__).parent / "tuned"
+
+
+def path_of(gpu: str) -> Path:
+    """Where the table of the GPU called ``gpu`` lives: ``"NVIDIA H200"`` in ``nvidia-h200.json``."""
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", gpu.lower()).strip("-") + ".json")
+
+
+@lru_cache
+def _table(gpu: str) -> dict[tuple[int, int], tuple[list[int], list[dict]]]:
+    path = path_of(gpu)
+    if not path.is_file():
+        return {}
+    shapes = json.loads(path.read_text())["shapes"]
+    return {
+        (shape["n"], shape["k"]): ([row["m"] for row in shape["rows"]], [row["schedule"] for row in shape["rows"]])
+        for shape in shapes
+    }
+
+
+def find(gpu: str, n: int, k: int, m: int) -> dict | None:
+    """Fields of the schedule tuned for a weight (n, k) and the first tabulated number of rows at or above ``m``.
+
+    Beyond the table its last row counts; ``None`` if the GPU or the shape was not tuned.
+    """
+    if (n, k) not in _table(gpu):
+        return None
+    rows, schedules = _table(gpu)[n, k]
+    return schedules[min(bisect_left(rows, m), len(rows) - 1)]
