@@ -1,8 +1,8 @@
 """Matmul: ``c = a @ b (+ bias)``, each output element summed along K as its plan says, whatever the batch.
 
 Shapes: ``a`` is ``(M, K)``, ``b`` is ``(K, N)``, ``bias`` is ``(N,)``, ``c`` is ``(M, N)``. M counts tokens
-(rows), N and K belong to the weight. Products accumulate in fp32; bias is added in fp32; one rounding to the
-output dtype.
+(rows), N and K belong to the weight. Products accumulate in fp32; scales and bias are applied in fp32; one rounding
+to the output dtype.
 
 Why it is batch-invariant: an element of ``c`` is a sum over K of one row of ``a`` and one column of ``b``, and
 ``MatmulPlan`` fixes the order of that sum from N, K, dtype and precision. Which rows share a tile, how large
@@ -16,6 +16,7 @@ programming model.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -25,7 +26,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tuned
-from kernels.checks import check_float, check_like, check_shape
+from kernels.checks import FLOATS, check_float, check_like, check_shape
 from kernels.plan import MatmulPlan, plan_matmul
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -222,6 +223,14 @@ def _matmul_kernel(
     stride_bk,
     stride_bn,
     stride_cm,
+    stride_batch_a,
+    stride_batch_b,
+    stride_batch_c,
+    stride_bias_m,
+    stride_bias_n,
+    alpha,
+    beta,
+    SCALED: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -233,6 +242,10 @@ def _matmul_kernel(
     GROUP_M: tl.constexpr,
 ):
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    batch = tl.program_id(1).to(tl.int64)
+    a_ptr += batch * stride_batch_a
+    b_ptr += batch * stride_batch_b
+    c_ptr += batch * stride_batch_c
     offs_m = pid_m.to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_n = pid_n.to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
     offs_k = tl.arange(0, BLOCK_K)
@@ -264,7 +277,17 @@ def _matmul_kernel(
         total = tl.where(chunk > 0, total + acc, acc)
     if SWAP:
         total = tl.trans(total)
-    store_tile(c_ptr, bias_ptr, total, offs_m, offs_n, M, N, stride_cm, HAS_BIAS)
+    inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
+    if SCALED:
+        total *= alpha
+    if HAS_BIAS:
+        bias_ptrs = bias_ptr + offs_m[:, None] * stride_bias_m + offs_n[None, :] * stride_bias_n
+        bias = tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)
+        if SCALED:
+            bias *= beta
+        total += bias
+    c_ptrs = c_ptr + offs_m[:, None] * stride_cm + offs_n[None, :]
+    tl.store(c_ptrs, total.to(c_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -413,44 +436,125 @@ def matmul(
     bias: torch.Tensor | None = None,
     *,
     precision: str = "ieee",
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
     schedule: MatmulSchedule | None = None,
 ) -> torch.Tensor:
     """``a @ b + bias`` whose rows keep their bits whatever other rows ``a`` holds.
 
+    Shapes follow ``torch.matmul``: ``(M, K) @ (K, N)``, vectors on either side, any number of leading axes, which
+    broadcast. A matrix out of a batch has the bits that it has alone.
+
     Args:
-        a: ``(M, K)``, bfloat16, float16 or float32, any strides. One row is one token.
-        b: ``(K, N)``, dtype of ``a``, any strides (``weight.t()`` for a ``torch.nn.Linear``).
+        a: ``(..., M, K)`` or ``(K,)``, bfloat16, float16 or float32, any strides. One row is one token.
+        b: ``(..., K, N)`` or ``(K,)``, dtype of ``a``, any strides (``weight.t()`` for a ``torch.nn.Linear``).
         bias: ``(N,)``, dtype of ``a``; added in fp32 before the one rounding.
         precision: how float32 operands are multiplied: ``"ieee"`` (exact products), ``"tf32"`` (operands
             rounded to 10 bits) or ``"tf32x3"`` (three TF32 products each). Belongs to the plan.
+        out_dtype: of the result; that of ``a`` if not given.
+        out: ``(M, N)`` of that dtype to write into, with the elements of a row side by side; for two matrices only.
         schedule: how to run it; chosen from the sizes and the GPU if not given. Never changes a bit.
 
     Returns:
-        ``(M, N)``, dtype of ``a``, contiguous.
+        The shape of ``torch.matmul``; ``out`` if given.
 
     Raises:
         TypeError: a dtype that is not supported or not that of ``a``.
-        ValueError: ranks, sizes, devices or precision that do not fit; a schedule that the plan excludes.
+        ValueError: ranks, sizes, devices or precision that do not fit; a schedule that the plan excludes; an
+            ``out`` of another shape or that shares memory with an input.
     """
     check_float("a", a)
     check_like("b", b, "a", a)
     for name, x in (("a", a), ("b", b)):
-        if x.ndim != 2:
-            raise ValueError(f"{name} must be a matrix, got {name}.shape={tuple(x.shape)}")
-    (m, k), n = a.shape, b.shape[1]
-    if b.shape[0] != k:
+        if x.ndim == 0:
+            raise ValueError(f"{name} must have at least one axis, got {name}.shape=()")
+    options = {"precision": precision, "out_dtype": out_dtype, "schedule": schedule}
+    if out is not None and not a.ndim == b.ndim == 2:
+        raise ValueError(f"out is for two matrices, got a.shape={tuple(a.shape)} and b.shape={tuple(b.shape)}")
+    if a.ndim == 1:
+        return matmul(a[None], b, bias, **options).squeeze(-2 if b.ndim > 1 else -1)
+    if b.ndim == 1:
+        return matmul(a, b[:, None], bias, **options).squeeze(-1)
+    k = a.shape[-1]
+    if b.shape[-2] != k:
         raise ValueError(
-            f"inner sizes differ: a.shape={tuple(a.shape)} has K={k}, b.shape={tuple(b.shape)} has K={b.shape[0]}"
+            f"inner sizes differ: a.shape={tuple(a.shape)} has K={k}, b.shape={tuple(b.shape)} has K={b.shape[-2]}"
         )
-    if bias is not None:
-        check_like("bias", bias, "a", a)
-        check_shape("bias", bias, (n,))
-        bias = bias.contiguous()
+    if b.ndim > 2:
+        return _batched(a, b, bias, precision, out_dtype)
+    rows = a.reshape(math.prod(a.shape[:-1]), k)
+    c = _product(rows, b, _bias(bias, a, b), 1.0, 1.0, precision, out_dtype, out, schedule)
+    return c.view(*a.shape[:-1], b.shape[-1])
+
+
+def addmm(
+    addend: torch.Tensor,
+    a: torch.Tensor,
+    b: torch.Tensor,
+    *,
+    beta: float = 1.0,
+    alpha: float = 1.0,
+    precision: str = "ieee",
+    out_dtype: torch.dtype | None = None,
+    out: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """``beta * addend + alpha * (a @ b)``, as ``torch.addmm``, scaled and added in fp32 before the one rounding.
+
+    Args:
+        addend: dtype of ``a``, of a shape that broadcasts to ``(M, N)``. With ``beta`` zero it is not read.
+        a, b: ``(M, K)`` and ``(K, N)``.
+        precision, out_dtype, out: as for ``matmul``, which also says what is raised.
+    """
+    check_float("a", a)
+    check_like("b", b, "a", a)
+    check_like("addend", addend, "a", a)
+    if not a.ndim == b.ndim == 2 or a.shape[1] != b.shape[0]:
+        raise ValueError(f"a and b must be (M, K) and (K, N), got {tuple(a.shape)} and {tuple(b.shape)}")
+    shape = (a.shape[0], b.shape[1])
+    try:
+        addend = addend.expand(shape)
+    except RuntimeError:
+        raise ValueError(f"addend.shape={tuple(addend.shape)} does not broadcast to {shape}") from None
+    return _product(a, b, addend if beta else None, alpha, beta, precision, out_dtype, out, None)
+
+
+def _bias(bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
+    """``bias`` as a matrix whose rows are all the same row of memory."""
+    if bias is None:
+        return None
+    check_like("bias", bias, "a", a)
+    check_shape("bias", bias, (b.shape[-1],))
+    return bias.expand(math.prod(a.shape[:-1]), b.shape[-1])
+
+
+def _output(shape: tuple[int, int], a, b, out_dtype: torch.dtype | None, out: torch.Tensor | None) -> torch.Tensor:
+    dtype = out_dtype or a.dtype
+    if dtype not in FLOATS:
+        raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got out_dtype={dtype}")
+    if out is None:
+        return torch.empty(shape, dtype=dtype, device=a.device)
+    check_shape("out", out, shape)
+    if out.dtype != dtype or out.device != a.device:
+        raise ValueError(f"out must be {dtype} on {a.device}, got out.dtype={out.dtype}, out.device={out.device}")
+    if (out.shape[1] > 1 and out.stride(1) != 1) or (out.shape[0] > 1 and out.stride(0) < out.shape[1]):
+        raise ValueError(f"out must have its rows one after another in memory, got out.stride()={out.stride()}")
+    for name, x in (("a", a), ("b", b)):
+        if x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() and out.numel() and x.numel():
+            raise ValueError(f"out shares memory with {name}, which is still read while out is written")
+    return out
+
+
+def _product(a, b, bias, alpha, beta, precision, out_dtype, out, schedule) -> torch.Tensor:
+    """One product of two matrices: plan, schedule, launch. ``bias`` is ``None`` or ``(M, N)`` of any strides."""
+    (m, k), n = a.shape, b.shape[1]
     plan = plan_matmul(n, k, a.element_size(), precision)
+    c = _output((m, n), a, b, out_dtype, out)
+    plain = alpha == beta == 1.0 and (bias is None or bias.stride(0) == 0)
     # Columns past a multiple of 16 break up the stores of a large tile, whose staging then outgrows shared memory.
-    tma = has_tma(a.device) and k > 0 and n % 16 == 0 and _descriptor_fits(a) and _descriptor_fits(b)
+    tma = plain and has_tma(a.device) and k > 0 and n % 16 == 0 and _descriptor_fits(a) and _descriptor_fits(b)
     k_major = a.stride(1) == 1 and b.stride(0) == 1
     specialised = tma and has_wgmma(a.device) and a.element_size() == 2 and k_major and bias is None
+    specialised = specialised and c.dtype == a.dtype and _descriptor_fits(c)
     if schedule is None:
         gpu = gpu_name(a.device) if specialised else None
         schedule = choose_schedule(m, n, plan, a.element_size(), tma, sm_count(a.device), specialised, gpu)
@@ -462,10 +566,36 @@ def matmul(
         raise ValueError(
             f"schedule={schedule} needs a Hopper GPU and 16-bit operands with their K elements side by side, no bias"
         )
-    c = torch.empty((m, n), dtype=a.dtype, device=a.device)
     if m and n:
-        _launch(a, b, bias, c, plan, schedule)
+        _launch(a, b, bias, alpha, beta, c, plan, schedule)
     return c
+
+
+MOST_BATCHES = 65535
+"""Programs along the second axis of a CUDA grid."""
+
+
+def _batched(a, b, bias, precision, out_dtype) -> torch.Tensor:
+    """Products of matrices over leading axes that broadcast, by the kernel that takes any strides."""
+    try:
+        leading = torch.broadcast_shapes(a.shape[:-2], b.shape[:-2])
+    except RuntimeError:
+        raise ValueError(f"a.shape={tuple(a.shape)} and b.shape={tuple(b.shape)} do not broadcast") from None
+    (m, k), n = a.shape[-2:], b.shape[-1]
+    if bias is not None:
+        check_like("bias", bias, "a", a)
+        check_shape("bias", bias, (n,))
+        bias = bias.expand(m, n)
+    plan = plan_matmul(n, k, a.element_size(), precision)
+    count = math.prod(leading)
+    c = _output((count * m, n), a, b, out_dtype, None).view(count, m, n)
+    a = a.expand(*leading, m, k).reshape(count, m, k)
+    b = b.expand(*leading, k, n).reshape(count, k, n)
+    schedule = choose_schedule(m, n, plan, a.element_size(), False, sm_count(a.device))
+    for at in range(0, count if m and n else 0, MOST_BATCHES):
+        part = slice(at, at + MOST_BATCHES)
+        _launch_pointers(a[part], b[part], bias, 1.0, 1.0, c[part], plan, schedule)
+    return c.view(*leading, m, n)
 
 
 FINISHED_COUNTERS = 1 << 20
@@ -490,17 +620,8 @@ def _finished_counters(tiles: int, device: torch.device) -> torch.Tensor | None:
     return reserve[used : used + tiles]
 
 
-def _launch(a, b, bias, c, plan: MatmulPlan, schedule: MatmulSchedule) -> None:
-    (m, k), n = a.shape, b.shape[1]
-    rows, columns = schedule.tile
-    tiles = triton.cdiv(m, rows) * triton.cdiv(n, columns)
-    sms = sm_count(a.device)
-    if schedule.specialised:
-        from kernels import matmul_hopper  # Gluon: needed on Hopper alone
-
-        matmul_hopper.launch(a, b, c, plan, schedule, min(sms, tiles))
-        return
-    options = {
+def _options(plan: MatmulPlan, schedule: MatmulSchedule, bias: torch.Tensor | None) -> dict:
+    return {
         "HAS_BIAS": bias is not None,
         "PRECISION": plan.precision,
         "CHUNKS": plan.chunks,
@@ -512,11 +633,51 @@ def _launch(a, b, bias, c, plan: MatmulPlan, schedule: MatmulSchedule) -> None:
         "num_warps": schedule.num_warps,
         "num_stages": schedule.num_stages,
     }
-    sizes = (m, n, k, plan.chunk_k)
-    if not schedule.persistent:
-        strides = (*a.stride(), *b.stride(), c.stride(0))
-        _matmul_kernel[(tiles,)](a, b, bias, c, *sizes, *strides, EVEN_K=k % schedule.block_k == 0, **options)
+
+
+def _launch_pointers(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: MatmulSchedule) -> None:
+    """``a`` (batch, M, K), ``b`` (batch, K, N), ``c`` (batch, M, N), ``bias`` ``None`` or (M, N)."""
+    (count, m, k), n = a.shape, b.shape[2]
+    tiles = triton.cdiv(m, schedule.block_m) * triton.cdiv(n, schedule.block_n)
+    _matmul_kernel[(tiles, count)](
+        a,
+        b,
+        bias,
+        c,
+        m,
+        n,
+        k,
+        plan.chunk_k,
+        *a.stride()[1:],
+        *b.stride()[1:],
+        c.stride(1),
+        a.stride(0),
+        b.stride(0),
+        c.stride(0),
+        *((0, 0) if bias is None else bias.stride()),
+        alpha,
+        beta,
+        SCALED=not alpha == beta == 1.0,
+        EVEN_K=k % schedule.block_k == 0,
+        **_options(plan, schedule, bias),
+    )
+
+
+def _launch(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: MatmulSchedule) -> None:
+    (m, k), n = a.shape, b.shape[1]
+    rows, columns = schedule.tile
+    tiles = triton.cdiv(m, rows) * triton.cdiv(n, columns)
+    sms = sm_count(a.device)
+    if schedule.specialised:
+        from kernels import matmul_hopper  # Gluon: needed on Hopper alone
+
+        matmul_hopper.launch(a, b, c, plan, schedule, min(sms, tiles))
         return
+    if not schedule.persistent:
+        _launch_pointers(a[None], b[None], bias, alpha, beta, c[None], plan, schedule)
+        return
+    options, sizes = _options(plan, schedule, bias), (m, n, k, plan.chunk_k)
+    bias = None if bias is None else bias[0].contiguous()
     a_desc, options["A_K_MAJOR"] = _descriptor(a, (schedule.block_m, schedule.block_k))
     b_desc, b_n_major = _descriptor(b, (schedule.block_k, schedule.block_n))
     options["B_K_MAJOR"] = not b_n_major

@@ -56,8 +56,8 @@ def candidates(m: int, plan: MatmulPlan, wgmma: bool) -> list[MatmulSchedule]:
     """Schedules worth trying for ``m`` rows under ``plan``."""
     found = [s for s in thin_schedules() if m <= 128 and s.block_m <= max(16, triton.next_power_of_2(m))]
     if m > 32:
-        found += [s for s, _ in PERSISTENT_TILES if s.block_m <= 2 * m]
-        found += [s for s, _ in SPECIALISED_TILES if s.block_m <= 2 * m]
+        at_least = 128 if m >= 1024 else 64
+        found += [s for s, _ in (*PERSISTENT_TILES, *SPECIALISED_TILES) if at_least <= s.block_m <= 2 * m]
     if plan.chunks > 1 and m <= 1024:
         found += [replace(s, split=True) for s in found if s.persistent and not s.specialised]
     return [s for s in dict.fromkeys(found) if s.fits(plan) and (wgmma or not s.specialised)]

@@ -109,6 +109,22 @@ def test_layouts_are_free_in_a_matmul(layout):
     assert same_bits(matmul(sliced, b), matmul(a, b))
 
 
+@pytest.mark.parametrize("n", [32, 33])
+def test_tensors_past_2_31_elements(n):
+    """The last rows of a matrix whose elements an int32 cannot count, by descriptors (n = 32) and by pointers."""
+    k = 1024
+    a, b = torch.zeros(2**31 // k + 300, k, dtype=torch.bfloat16, device="cuda"), randn(k, n, dtype=torch.bfloat16)
+    a[-5:] = randn(5, k, dtype=torch.bfloat16, seed=1)
+    c = matmul(a, b)
+    assert same_bits(c[-5:], matmul(a[-5:].clone(), b))
+    assert not c[:-5].any()
+
+
+def test_a_batch_element_has_the_bits_of_its_own_product():
+    a, b = randn(3, 70, 4160, dtype=torch.bfloat16), randn(3, 768, 4160, dtype=torch.bfloat16, seed=1).mT
+    assert same_bits(matmul(a, b), torch.stack([matmul(x, y) for x, y in zip(a, b, strict=True)]))
+
+
 def test_the_number_of_sms_is_free_in_a_matmul(monkeypatch):
     a, b = randn(300, 512, dtype=torch.bfloat16), randn(1024, 512, dtype=torch.bfloat16, seed=1).t()
     results = []

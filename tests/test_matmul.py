@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import matmul as mm
-from kernels.matmul import MatmulSchedule, choose_schedule, matmul, matmul_ref
+from kernels.matmul import MatmulSchedule, addmm, choose_schedule, matmul, matmul_ref
 from kernels.plan import plan_matmul
 from lab import peers
 from lab.check import check_invariance, same_bits
@@ -173,8 +173,20 @@ A, B = torch.zeros(3, 4), torch.zeros(4, 5)
         ({"a": A, "b": B.cfloat()}, TypeError, r"b\.dtype=torch\.complex64"),
         ({"a": A, "b": B.half()}, TypeError, r"b\.dtype=torch\.float16"),
         ({"a": A, "b": B.to("meta")}, ValueError, r"b\.device=meta"),
-        ({"a": A[0], "b": B}, ValueError, r"a\.shape=\(4,\)"),
-        ({"a": A, "b": B[None]}, ValueError, r"b\.shape=\(1, 4, 5\)"),
+        ({"a": A[0, 0], "b": B}, ValueError, r"a\.shape=\(\)"),
+        ({"a": A[0], "b": B.t()}, ValueError, r"a\.shape=\(1, 4\) has K=4, b\.shape=\(5, 4\) has K=5"),
+        (
+            {"a": A.expand(2, 3, 4), "b": B.expand(3, 4, 5)},
+            ValueError,
+            r"\(2, 3, 4\) and .*\(3, 4, 5\) do not broadcast",
+        ),
+        ({"a": A, "b": B, "out_dtype": torch.int8}, TypeError, r"out_dtype=torch\.int8"),
+        ({"a": A, "b": B, "out": torch.zeros(3, 4)}, ValueError, r"out\.shape=\(3, 4\)"),
+        ({"a": A, "b": B, "out": torch.zeros(3, 5).half()}, ValueError, r"out\.dtype=torch\.float16"),
+        ({"a": A, "b": B, "out": torch.zeros(5, 3).t()}, ValueError, r"out\.stride\(\)=\(1, 3\)"),
+        ({"a": A, "b": B, "out": torch.zeros(1, 5).expand(3, 5)}, ValueError, r"out\.stride\(\)=\(0, 1\)"),
+        ({"a": A, "b": B[:, :4], "out": A}, ValueError, "out shares memory with a"),
+        ({"a": A[None], "b": B, "out": torch.zeros(1, 3, 5)}, ValueError, "out is for two matrices"),
         ({"a": A, "b": B.t()}, ValueError, r"a\.shape=\(3, 4\) has K=4, b\.shape=\(5, 4\) has K=5"),
         ({"a": A, "b": B, "bias": torch.zeros(4)}, ValueError, r"bias\.shape=\(4,\)"),
         ({"a": A, "b": B, "precision": "high"}, ValueError, "precision='high'"),
@@ -190,6 +202,92 @@ A, B = torch.zeros(3, 4), torch.zeros(4, 5)
 def test_bad_arguments_are_named_with_their_value(arguments, error, message):
     with pytest.raises(error, match=message):
         matmul(**arguments)
+
+
+# ------------------------------------------------------------------------------------- as torch.matmul and addmm
+
+RANKS = [(4,), (3, 4), (2, 3, 4), (5, 1, 3, 4)], [(4,), (4, 6), (2, 4, 6), (1, 2, 4, 6)]
+
+
+@pytest.mark.parametrize("a_shape", RANKS[0])
+@pytest.mark.parametrize("b_shape", RANKS[1])
+def test_all_pairs_of_ranks_are_torchs(a_shape, b_shape):
+    generator = torch.Generator().manual_seed(0)
+    a, b = (torch.randn(shape, generator=generator).to(DEVICE) for shape in (a_shape, b_shape))
+    want = torch.matmul(a.double(), b.double())
+    got = matmul(a, b)
+    assert got.shape == want.shape
+    assert (got.double() - want).norm() <= torch.finfo(a.dtype).eps * torch.matmul(a.abs(), b.abs()).norm()
+
+
+@pytest.mark.parametrize(
+    "shapes", [((0, 3, 4), (4, 6)), ((2, 0, 4), (2, 4, 6)), ((2, 3, 0), (2, 0, 6)), ((0,), (0,))]
+)
+def test_empty_batches_are_torchs(shapes):
+    a, b = (torch.zeros(shape, device=DEVICE) for shape in shapes)
+    want = torch.matmul(a, b)
+    assert torch.equal(matmul(a, b), want)
+
+
+@pytest.mark.parametrize("k", [64, 4160])
+def test_the_same_rows_have_the_same_bits_through_every_rank(k):
+    a, b = matrix(6, k, torch.float32), matrix(k, 10, torch.float32, seed=1)
+    schedule = choose_schedule(3, 10, plan_matmul(10, k, 4), 4, False, 1)
+    want = matmul(a, b, schedule=schedule)
+    assert same_bits(matmul(a.view(2, 3, k), b).view(6, 10), want)
+    assert same_bits(matmul(a.view(2, 3, k), b.expand(2, k, 10)).view(6, 10), want)
+    assert same_bits(matmul(a.view(2, 1, 3, k), b.expand(1, 2, k, 10))[:, 0].reshape(6, 10), want)
+
+
+def test_one_column_and_one_row():
+    a, b = matrix(5, 33, torch.float16), matrix(33, 1, torch.float16, seed=1)
+    assert_accurate(matmul(a, b), a, b)
+    assert_accurate(matmul(a[:1], b), a[:1], b)
+
+
+@pytest.mark.parametrize("shape", [(7, 20), (1, 20), (20,), (7, 1), ()])
+@pytest.mark.parametrize(("alpha", "beta"), [(1, 1), (0.5, -2), (3, 0), (0, 1)])
+def test_addmm_takes_scales_and_broadcasts(shape, alpha, beta):
+    generator = torch.Generator().manual_seed(3)
+    a, b, addend = (
+        matrix(7, 33, torch.float32),
+        matrix(33, 20, torch.float32),
+        torch.randn(shape, generator=generator),
+    )
+    addend = addend.to(DEVICE)
+    want = torch.addmm(addend.double(), a.double(), b.double(), alpha=alpha, beta=beta)
+    magnitude = torch.addmm(addend.abs(), a.abs(), b.abs(), alpha=abs(alpha), beta=abs(beta))
+    got = addmm(addend, a, b, alpha=alpha, beta=beta)
+    assert (got.double() - want).norm() <= torch.finfo(a.dtype).eps * magnitude.norm()
+
+
+def test_with_beta_zero_the_addend_is_not_read():
+    a, b = matrix(3, 4, torch.float32), matrix(4, 5, torch.float32)
+    nan = torch.full((3, 5), float("nan"), device=DEVICE)
+    assert same_bits(addmm(nan, a, b, beta=0), matmul(a, b))
+
+
+def test_addmm_names_what_does_not_fit():
+    with pytest.raises(ValueError, match=r"addend\.shape=\(4,\) does not broadcast to \(3, 5\)"):
+        addmm(torch.zeros(4), A, B)
+    with pytest.raises(ValueError, match=r"got \(3, 4\) and \(5, 4\)"):
+        addmm(torch.zeros(5), A, B.t())
+
+
+@pytest.mark.parametrize("out_dtype", DTYPES)
+def test_the_output_is_rounded_once_to_the_dtype_asked_for(out_dtype):
+    a, b = matrix(9, 40, torch.float16), matrix(40, 16, torch.float16, seed=1)
+    wide = matmul(a, b, out_dtype=torch.float32)
+    assert wide.dtype == torch.float32
+    assert same_bits(matmul(a, b, out_dtype=out_dtype), wide.to(out_dtype))
+
+
+def test_out_is_written_and_returned():
+    a, b = matrix(9, 40, torch.float32), matrix(40, 16, torch.float32, seed=1)
+    wide = torch.full((9, 20), float("nan"), device=DEVICE)
+    assert matmul(a, b, out=wide[:, :16]).data_ptr() == wide.data_ptr()
+    assert same_bits(wide[:, :16], matmul(a, b))
+    assert wide[:, 16:].isnan().all()
 
 
 def test_the_launcher_takes_no_hint_about_the_batch():
