@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
@@ -35,6 +36,8 @@ MODELS = {
     "llama-3-70b": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)},
 }
 SPLIT_ALONG_K = ("o", "down")
+VARIANTS = 12
+"""Most different schedules for one model on one number of GPUs."""
 TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
 
 
@@ -68,8 +71,8 @@ def reference_schedule(m: int) -> MatmulSchedule:
     return MatmulSchedule(64, 64, 64, 4, 3) if m > 16 else MatmulSchedule(16, 64, 64, 4, 3, swap=True)
 
 
-def best_schedule(m: int, n: int, k: int) -> tuple[MatmulSchedule, float]:
-    """The fastest candidate in bf16, and its milliseconds per call.
+def time_candidates(m: int, n: int, k: int) -> dict[MatmulSchedule, float]:
+    """Milliseconds per call of every candidate in bf16, weights cold.
 
     Raises:
         RuntimeError: a candidate's bits differ from the plan's.
@@ -88,8 +91,24 @@ def best_schedule(m: int, n: int, k: int) -> tuple[MatmulSchedule, float]:
             lambda a=a, w=w, s=schedule: matmul(a, w.t(), schedule=s) for a, w in zip(rows, weights, strict=True)
         ]
     timings = time_graphs(rings, replace(PRESETS["full"], warmup_ms=3, measure_ms=10))
-    fastest = min(timings, key=lambda schedule: timings[schedule].median_ms)
-    return fastest, timings[fastest].median_ms
+    return {schedule: timing.median_ms for schedule, timing in timings.items()}
+
+
+def fastest_few(times: dict[tuple, dict[MatmulSchedule, float]], limit: int) -> dict[tuple, MatmulSchedule]:
+    """A schedule for every point, at most ``limit`` different ones in all: each costs a compilation.
+
+    Starts from the fastest of each point and gives up, one by one, the schedule that slows the points least.
+    """
+
+    def slowness(kept: set[MatmulSchedule]) -> float:
+        return sum(
+            math.log(min((ms for s, ms in point.items() if s in kept), default=math.inf)) for point in times.values()
+        )
+
+    kept = {min(point, key=point.get) for point in times.values()}
+    while len(kept) > limit:
+        kept.remove(min(kept, key=lambda schedule: slowness(kept - {schedule})))
+    return {point: min(set(tried) & kept, key=tried.get) for point, tried in times.items()}
 
 
 def _compile(jobs: list[tuple[int, int, MatmulSchedule]]) -> None:
@@ -114,6 +133,12 @@ def compile_all(shapes: set[tuple[int, int]]) -> None:
         part.join()
 
 
+def _fields(schedule: MatmulSchedule) -> dict:
+    """What distinguishes ``schedule`` from the defaults of its fields."""
+    default = MatmulSchedule(0, 0, 0, 0, 0)
+    return {key: value for key, value in asdict(schedule).items() if value != getattr(default, key)}
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Tune the shapes asked for and merge them into this GPU's table."""
     parser = argparse.ArgumentParser(prog="python -m lab.tune", description=__doc__.splitlines()[0])
@@ -130,14 +155,13 @@ def main(arguments: list[str] | None = None) -> int:
     table = {}
     if path.is_file():
         table = {(shape["n"], shape["k"]): shape for shape in json.loads(path.read_text())["shapes"]}
-    for n, k in tqdm(sorted(shapes), desc="shapes", file=sys.stdout):
-        rows = []
-        for m in sorted(options.m):
-            schedule, _ = best_schedule(m, n, k)
-            default = MatmulSchedule(0, 0, 0, 0, 0)
-            changed = {key: value for key, value in asdict(schedule).items() if value != getattr(default, key)}
-            rows.append({"m": m, "schedule": changed})
-        table[n, k] = {"n": n, "k": k, "rows": rows}
+    for model, tp in tqdm(list(product(options.model, options.tp)), desc="models", file=sys.stdout):
+        group = {shard(model, layer, tp) for layer in MODELS[model]}
+        points = product(sorted(options.m), group)
+        chosen = fastest_few({(n, k, m): time_candidates(m, n, k) for m, (n, k) in points}, VARIANTS)
+        for n, k in group:
+            rows = [{"m": m, "schedule": _fields(chosen[n, k, m])} for m in sorted(options.m)]
+            table[n, k] = {"n": n, "k": k, "rows": rows}
     origin = {"gpu": device.name, "torch": device.torch, "triton": device.triton, "commit": commit()}
     origin["measured_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     path.parent.mkdir(exist_ok=True)

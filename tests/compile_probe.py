@@ -100,7 +100,7 @@ def matmul_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan, dtype: str):
         arguments |= {"a_ptr": pointer, "b_ptr": pointer, "stride_am": "i32", "stride_bn": "i32"}
         constants |= {"EVEN_K": True, "stride_ak": 1, "stride_bk": 1, "SCALED": False}
         strides = ("stride_batch_a", "stride_batch_b", "stride_batch_c", "stride_bias_m", "stride_bias_n")
-        arguments |= {name: "i32" for name in strides} | {"alpha": "fp32", "beta": "fp32"}
+        arguments |= dict.fromkeys(strides, "i32") | {"alpha": "fp32", "beta": "fp32"}
         divisible |= {"a_ptr", "b_ptr", "stride_am", "stride_bn"}
     options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages}
     return specialised(kernel, arguments, constants, divisible), options
