@@ -209,18 +209,23 @@ def _save(figure: Figure, figures: Path, name: str) -> None:
     """Writes both files whole, without the date, which would change the bytes each time."""
     figures = Path(figures)
     figures.mkdir(parents=True, exist_ok=True)
-    vector, raster, small = io.BytesIO(), io.BytesIO(), io.BytesIO()
+    vector = io.BytesIO()
     figure.savefig(vector, format="svg", metadata={"Date": None})
-    figure.savefig(raster, format="png")
-    # 256 colours are plenty for lines and letters, and take a third of the space in the repository.
-    Image.open(raster).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
-    for suffix, content in ((".svg", vector), (".png", small)):
+    for suffix, content in ((".svg", vector.getvalue()), (".png", small_png(figure))):
         temporary = figures / f".{name}.{os.getpid()}{suffix}"
         try:
-            temporary.write_bytes(content.getvalue())
+            temporary.write_bytes(content)
             os.replace(temporary, figures / f"{name}{suffix}")
         finally:
             temporary.unlink(missing_ok=True)
+
+
+def small_png(figure: Figure, **options: object) -> bytes:
+    """A PNG of 256 colours: plenty for lines and letters, and a third of the bytes. Options go to ``savefig``."""
+    raster, small = io.BytesIO(), io.BytesIO()
+    figure.savefig(raster, format="png", **options)
+    Image.open(raster).convert("RGB").quantize(256, dither=Image.Dither.NONE).save(small, "png", optimize=True)
+    return small.getvalue()
 
 
 def _looks(op: str, impls: Sequence[str]) -> dict[str, Look]:
@@ -745,27 +750,25 @@ CHANGED = LinearSegmentedColormap.from_list("changed", ["#F7D9A8", "#E69F00", "#
 
 
 def invariance_map(store: Store, figures: Path) -> Figure:
-    """Share of a batch's rows whose bits change with the batch: a line per case, a column per size."""
+    """Share of a batch's rows whose bits change with the batch: a column per size, a line per case that changes.
+
+    The cases in which no row of an implementation changes share one line per dtype.
+    """
     frame = store.load("invariance")
     if frame.empty:
         raise MissingRecord(f"{shown(store.path('invariance'))} has no rows: {EXPERIMENTS['invariance'].how}")
-    point = ["op", "impl", "case"] + ["dtype"] * (frame["dtype"].nunique() > 1)
-    order = {impl: index for index, impl in enumerate(["batch_invariant"])}
-    lines = frame[point].drop_duplicates()
-    lines = lines.assign(first=lines["impl"].map(order).fillna(1)).sort_values(["op", "first", *point[1:]])
+    lines = _map_lines(frame)
     sizes = sorted(frame["rows"].unique())
     with _style():
         sheet = _sheet(1, 1, height=max(2.6, 1.75 + 0.215 * len(lines)))
         axes = sheet.panels[0, 0]
-        labels, totals = [], []
-        for y, line in enumerate(lines[point].itertuples(index=False)):
-            here = frame[(frame[point] == list(line)).all(axis=1)].set_index("rows")["rows_differing"]
-            for size, differing in here.items():
+        totals = []
+        for y, (_, rows) in enumerate(lines):
+            for size, differing in rows.groupby("rows")["rows_differing"].max().items():
                 _cell(axes, sizes.index(size), y, differing / max(size, 1), len(sizes))
-            labels.append(" · ".join(_short_dtype(part) for part in line))
-            totals.append((int(here.sum()), int(here.index.to_series().sum())))
-        _map_axes(axes, labels, sizes, totals)
-        _separate(axes, lines["op"].to_list(), len(sizes))
+            totals.append((int(rows["rows_differing"].sum()), int(rows["rows"].sum())))
+        _map_axes(axes, [label for label, _ in lines], sizes, totals)
+        _separate(axes, [rows["op"].iloc[0] for _, rows in lines], len(sizes))
         sheet.note("no row changes", Patch(facecolor=CLEAN, edgecolor="#9ecae8"))
         for share in (0.01, 0.25, 0.5, 1.0):
             sheet.note(f"{share:.0%} of rows", Patch(facecolor=CHANGED(share)))
@@ -779,6 +782,24 @@ def invariance_map(store: Store, figures: Path) -> Figure:
             footer=[describe(frame)],
             legend_columns=5,
         )
+
+
+def _map_lines(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """Label and rows of each line of the map, this collection's own first within an operator."""
+    several_dtypes = frame["dtype"].nunique() > 1
+    frame = frame.assign(last=frame["impl"] != "batch_invariant")
+    lines = []
+    for (op, _, impl, dtype), group in frame.groupby(["op", "last", "impl", "dtype"]):
+        clean = group.groupby("case")["rows_differing"].transform("sum") == 0
+        found = list(group[~clean].groupby("case"))
+        unchanged = group.loc[clean, "case"].unique()
+        if len(unchanged):
+            counted = f"{len(unchanged)} other cases" if found else f"all {len(unchanged)} cases"
+            found.append((unchanged[0] if len(unchanged) == 1 else counted, group[clean]))
+        for case, rows in found:
+            parts = [op, impl, case] + [dtype] * several_dtypes
+            lines.append((" · ".join(_short_dtype(part) for part in parts), rows))
+    return lines
 
 
 def _short_dtype(text: str) -> str:
@@ -819,6 +840,231 @@ def _separate(axes: Axes, ops: list[str], columns: int) -> None:
             axes.plot([-0.5, columns - 0.5], [y - 0.5, y - 0.5], color=MUTED, linewidth=1, zorder=4)
 
 
+# --------------------------------------------------------------------- what may change, and what others do
+
+PLAIN = {"float32": "fp32", "float16": "fp16", "bfloat16": "bf16", "int8": "int8"}
+
+
+def _first_seen(values: pd.Series, known: Sequence[str]) -> list[str]:
+    """Known values in their own order, then strangers as they come."""
+    found = list(dict.fromkeys(values))
+    return [value for value in known if value in found] + [value for value in found if value not in known]
+
+
+def freedom_map(store: Store, figures: Path) -> Figure:
+    """Different results over the settings of each knob: a line per operation and type, a column per knob."""
+    frame = store.load("freedom")
+    if frame.empty:
+        raise MissingRecord(f"{shown(store.path('freedom'))} has no rows: {EXPERIMENTS['freedom'].how}")
+    knobs = _first_seen(frame["knob"], [])
+    point = ["op", "dtype", "precision"]
+    lines = frame[point].drop_duplicates()
+    with _style():
+        sheet = _sheet(1, 1, height=2.15 + 0.31 * len(lines))
+        axes = sheet.panels[0, 0]
+        for y, line in enumerate(lines.itertuples(index=False)):
+            here = frame[(frame[point] == list(line)).all(axis=1)].set_index("knob")
+            for x, knob in enumerate(knobs):
+                if knob in here.index:
+                    _freedom_cell(axes, x, y, int(here.loc[knob, "results"]), int(here.loc[knob, "settings"]))
+        axes.set_xlim(-0.5, len(knobs) - 0.5)
+        axes.set_ylim(len(lines) - 0.5, -0.5)
+        axes.set_yticks(range(len(lines)), [_line_name(*line) for line in lines.itertuples(index=False)])
+        axes.set_xticks(range(len(knobs)), [_two_lines(knob) for knob in knobs])
+        axes.xaxis.tick_top()
+        axes.grid(False)
+        axes.tick_params(length=0)
+        axes.spines[:].set_visible(False)
+        sheet.note("one result: free, a schedule may choose it", Patch(facecolor=CLEAN, edgecolor="#9ecae8"))
+        sheet.note("several: it shapes the sum and belongs to the plan", Patch(facecolor="#F3B54A"))
+        return _finish(
+            sheet,
+            store,
+            figures,
+            "freedom_map",
+            title="What may change without changing a bit",
+            subtitle="Different results, bit for bit, of the settings tried: results / settings",
+            footer=[describe(frame)],
+            legend_columns=2,
+        )
+
+
+def _line_name(op: str, dtype: str, precision: str) -> str:
+    name = PLAIN.get(dtype, dtype)
+    return f"{op} · {name}" if precision == "exact" else f"{op} · {name} · {precision}"
+
+
+def _two_lines(text: str) -> str:
+    """Broken at the space nearest its middle, so that a column can be narrow."""
+    spaces = [at for at, letter in enumerate(text) if letter == " "]
+    if not spaces:
+        return text
+    at = min(spaces, key=lambda at: abs(at - len(text) / 2))
+    return f"{text[:at]}\n{text[at + 1 :]}"
+
+
+def _freedom_cell(axes: Axes, x: int, y: int, results: int, settings: int) -> None:
+    free = results == 1
+    color = CLEAN if free else "#F3B54A"
+    axes.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 1, 1, facecolor=color, edgecolor="white", linewidth=1.5))
+    weight, ink = ("normal", BLUE) if free else ("bold", INK)
+    axes.text(x, y, f"{results} / {settings}", ha="center", va="center", fontsize=9, color=ink, fontweight=weight)
+
+
+def random_shapes(store: Store, figures: Path) -> Figure:
+    """Shapes on which rows change bits with the batch: their share by type, and where they lie."""
+    frame = store.load("random_shapes")
+    if frame.empty:
+        raise MissingRecord(f"{shown(store.path('random_shapes'))} has no rows: {EXPERIMENTS['random_shapes'].how}")
+    frame = frame.assign(changes=frame["rows_differing"] > 0)
+    looks = _looks("matmul", frame["impl"].unique())
+    impls = _first_seen(pd.Series(list(looks)), ["cublas", "cublas_no_split_k", "batch_invariant"])
+    dtypes = _first_seen(frame["dtype"], ["bfloat16", "float16", "float32"])
+    with _style():
+        sheet = _sheet(2, len(impls), height=5.6, gridspec_kw={"height_ratios": [1, 2.5]})
+        for (bars, plane), impl in zip(sheet.panels.T, impls, strict=True):
+            here = frame[frame["impl"] == impl]
+            bars.set_title(_two_lines(looks[impl].label))
+            _share_bars(bars, here, dtypes)
+            _shape_plane(sheet, plane, here, dtypes)
+        sheet.panels[1, 0].set_ylabel("K (length of the sum)")
+        for axes in sheet.panels[:, 1:].flat:
+            axes.tick_params(labelleft=False)
+        _tidy(sheet)
+        sizes = ", ".join(str(m) for m in sorted(frame["m"].unique()))
+        return _finish(
+            sheet,
+            store,
+            figures,
+            "random_shapes",
+            title="Random weights: for how many does a row change bits with the batch?",
+            subtitle=f"Smaller batches against one of {sizes} rows; a point is a weight of N outputs and K inputs",
+            footer=[describe(frame)],
+            legend_columns=5,
+        )
+
+
+def _share_bars(axes: Axes, frame: pd.DataFrame, dtypes: Sequence[str]) -> None:
+    """Share of the shapes that change, with the counts written out."""
+    for y, dtype in enumerate(dtypes):
+        changes = frame[frame["dtype"] == dtype]["changes"]
+        if len(changes) == 0:
+            continue
+        share = changes.mean()
+        axes.barh(y, 1, color=CLEAN, height=0.72)
+        axes.barh(y, share, color=RED, height=0.72)
+        text = f"{int(changes.sum())} of {len(changes)}"
+        inside = share > 0.5
+        at, ink = (0.02, "white") if inside else (share + 0.02, BLUE if share == 0 else INK)
+        axes.text(at, y, text, va="center", fontsize=9, color=ink, fontweight="bold")
+    axes.set_yticks(range(len(dtypes)), [PLAIN.get(dtype, dtype) for dtype in dtypes])
+    axes.set_ylim(len(dtypes) - 0.5, -0.5)
+    axes.set_xlim(0, 1)
+    axes.set_xticks([0, 0.5, 1], ["0", "50 %", "100 %"])
+    axes.get_xticklabels()[-1].set_horizontalalignment("right")
+    axes.grid(False)
+
+
+def _shape_plane(sheet: Sheet, axes: Axes, frame: pd.DataFrame, dtypes: Sequence[str]) -> None:
+    """Every shape in the plane of N and K: crosses where rows change, open markers where none does."""
+    markers = dict(zip(dtypes, "os^Dvp"[: len(dtypes)], strict=True))
+    for dtype in dtypes:
+        here = frame[frame["dtype"] == dtype]
+        for changes, color, fill in ((False, BLUE, "none"), (True, RED, RED)):
+            rows = here[here["changes"] == changes]
+            axes.scatter(
+                rows["n"],
+                rows["k"],
+                s=15,
+                marker=markers[dtype],
+                facecolor=fill,
+                edgecolor=color,
+                linewidth=0.8,
+                alpha=0.85,
+                zorder=3 if changes else 2,
+            )
+        name = PLAIN.get(dtype, dtype)
+        sheet.note(name, Line2D([], [], marker=markers[dtype], color=MUTED, linestyle="", markerfacecolor="none"))
+    sheet.note("no row changes", Patch(facecolor=CLEAN, edgecolor="#9ecae8"))
+    sheet.note("rows change bits", Patch(facecolor=RED))
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(FixedLocator([2.0**power for power in range(7, 14, 2)]))
+        axis.set_minor_locator(NullLocator())
+        axis.set_major_formatter(FuncFormatter(_plain))
+    axes.set_xlim(100, 10500)
+    axes.set_ylim(100, 10500)
+    axes.set_xlabel("N (outputs)")
+
+
+# ------------------------------------------------------------------------------------ speed over a grid
+
+HEAT_MODELS = {"llama-3-8b": "8B", "llama-3-70b": "70B"}
+SLOWER = {0: "#4D1500", 0.25: "#B35806", 0.37: "#EE9F38", 0.46: "#FBDDB0"}
+FASTER = {0.54: "#CFE4F3", 0.58: "#8ABCE0", 0.65: "#2C7FB8", 1: "#083D77"}
+SLOWER_FASTER = LinearSegmentedColormap.from_list("slower_faster", list((SLOWER | {0.5: "#F7F7F7"} | FASTER).items()))
+
+
+def speed_color(speed: float) -> tuple[float, float, float, float]:
+    """A quarter of the speed or less at one end, white at equal speed, four times as fast at the other end."""
+    return SLOWER_FASTER(float(np.clip(0.5 + np.log2(speed) / 4, 0, 1)))
+
+
+def matmul_heat(store: Store, figures: Path) -> Figure:
+    """Speed relative to cuBLAS over a grid: layers and their shards down, tokens across, a panel per kernel."""
+    frame = store.load("matmul")
+    frame = frame[frame["model"].isin(HEAT_MODELS) & frame["impl"].isin(["cublas", "batch_invariant", "single_tile"])]
+    point = ["model", "layer", "tp", "n", "k"]
+    ms = frame[frame["dtype"] == "bfloat16"].pivot_table(index=[*point, "m"], columns="impl", values="median_ms")
+    speeds = ms.drop(columns="cublas").rdiv(ms["cublas"], axis=0).dropna(how="all") if "cublas" in ms else ms[:0]
+    if speeds.empty:
+        raise MissingRecord(f"{shown(store.path('matmul'))} lacks cublas in bf16, or anything to compare with it")
+    order = {name: at for at, name in enumerate([*HEAT_MODELS, *LAYERS])}
+    shapes = sorted(speeds.index.droplevel("m").unique(), key=lambda s: (order[s[0]], order.get(s[1], 99), s[2:]))
+    tokens = sorted(speeds.index.unique("m"))
+    with _style():
+        sheet = _sheet(1, len(speeds.columns), height=2.05 + 0.18 * len(shapes), sharey=True)
+        for axes, (impl, look) in zip(sheet.panels.flat, _looks("matmul", speeds.columns).items(), strict=True):
+            grid = speeds[impl].unstack("m").reindex(index=shapes, columns=tokens).to_numpy()
+            mean = np.exp(np.nanmean(np.log(grid)))
+            axes.set_title(f"{look.label.removeprefix('Triton, ')}: mean {100 * mean:.0f} %", fontsize=9)
+            _heat(axes, grid)
+            axes.set_xticks(range(len(tokens)), [str(m) for m in tokens], rotation=90, fontsize=8)
+            axes.set_xlabel("Tokens")
+        names = [f"{HEAT_MODELS[model]} {layer} · TP {tp} · {n} × {k}" for model, layer, tp, n, k in shapes]
+        sheet.panels[0, 0].set_yticks(range(len(shapes)), names, fontsize=8)
+        for percent in (25, 50, 70, 90, 100, 110, 125):
+            sheet.note(str(percent), Patch(facecolor=speed_color(percent / 100), edgecolor="#b0b0b0"))
+        return _finish(
+            sheet,
+            store,
+            figures,
+            "matmul_heat",
+            title="Matrix multiplication: speed relative to cuBLAS over models, shards and tokens, bf16",
+            subtitle="Per cent: GPU time of cuBLAS over that of the kernel; weight N × K of one GPU; mean: geometric",
+            footer=[describe(frame[frame["dtype"] == "bfloat16"])],
+            legend_columns=7,
+        )
+
+
+def _heat(axes: Axes, grid: np.ndarray) -> None:
+    """A cell per value, its colour and its per cent; nothing where nothing was measured."""
+    rows, columns = grid.shape
+    picture = np.ones((rows, columns, 4))
+    for y, x in np.argwhere(np.isfinite(grid)):
+        picture[y, x] = speed_color(grid[y, x])
+        dark = picture[y, x, :3] @ (0.3, 0.6, 0.1) < 0.5
+        ink = "white" if dark else INK
+        axes.text(x, y, f"{100 * grid[y, x]:.0f}", ha="center", va="center", fontsize=6.2, color=ink)
+    axes.imshow(picture, aspect="auto", interpolation="nearest")
+    axes.hlines(np.arange(1, rows) - 0.5, -0.5, columns - 0.5, color="white", linewidth=0.6)
+    axes.vlines(np.arange(1, columns) - 0.5, -0.5, rows - 0.5, color="white", linewidth=0.6)
+    axes.grid(False)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+
+
 # ---------------------------------------------------------------------------------------------- drawing
 
 Chart = Callable[[Store, Path], Figure]
@@ -835,6 +1081,9 @@ CHARTS: dict[str, Chart] = {
         matmul_roofline,
         matmul_ratio,
         invariance_map,
+        freedom_map,
+        random_shapes,
+        matmul_heat,
     )
 }
 

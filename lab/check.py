@@ -46,7 +46,7 @@ class Difference:
             return f"all {self.rows} rows have the same bits"
         return (
             f"{self.rows_differing} of {self.rows} rows differ; first at {self.first}: "
-            f"{self.got!r} ({self.got_bits}) instead of {self.want!r} ({self.want_bits})"
+            f"{self.got:.9g} ({self.got_bits}) instead of {self.want:.9g} ({self.want_bits})"
         )
 
 
@@ -75,6 +75,8 @@ class Report:
 
     cases: list[tuple[str, int, Difference]] = field(default_factory=list)
     """(what was done to the batch, its number of rows, what changed)."""
+    verdict: str = "invariant"
+    """What to call it if nothing changed."""
 
     @property
     def rows_differing(self) -> int:
@@ -92,10 +94,12 @@ class Report:
         return pd.DataFrame([(c, m, d.rows_differing) for c, m, d in self.cases], columns=columns)
 
     def __str__(self) -> str:
-        failing = [f"  {case}, {m} rows: {d}" for case, m, d in self.cases if d.rows_differing]
+        failing = [f"  {case}, {m} row{'s' * (m != 1)}: {d}" for case, m, d in self.cases if d.rows_differing]
+        tried = f"{len(self.cases)} case{'s' * (len(self.cases) != 1)}"
         if self.invariant:
-            return f"invariant ({len(self.cases)} cases)"
-        return "\n".join([f"NOT invariant: {len(failing)} of {len(self.cases)} cases differ", *failing[:5]])
+            return f"{self.verdict} ({tried})"
+        more = [f"  ... and {len(failing) - 5} more"] * (len(failing) > 5)
+        return "\n".join([f"NOT {self.verdict}: {len(failing)} of {tried} differ", *failing[:5], *more])
 
     __repr__ = __str__
 
@@ -168,7 +172,7 @@ def check_invariance(
 def check_run_to_run(fn: Callable[[], torch.Tensor], runs: int = 10) -> Report:
     """Call ``fn`` again and again on the same inputs: run-to-run determinism, which is not batch invariance."""
     first = fn()
-    report = Report()
+    report = Report(verdict="deterministic")
     for run in range(1, runs):
         report.cases.append((f"run {run}", len(first), compare(fn(), first)))
     return report

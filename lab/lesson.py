@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable
+import sys
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from IPython import get_ipython
 from IPython.display import Markdown, display
+from tqdm import tqdm
 
 from lab import records
 from lab.device import RECORDED_SLUG, ROOT, Device, Preset, current_device, resolve_preset
@@ -72,6 +75,11 @@ class Here:
 
         return charts.draw(name, self.store, self.figures)
 
+    def progress(self, points: Iterable, name: str) -> Iterable:
+        """``points``, counted in one line of output while a GPU measures them."""
+        bar = "{desc}: {n_fmt} of {total_fmt} points, {elapsed}"
+        return tqdm(points, desc=name, bar_format=bar, file=sys.stdout, mininterval=1, disable=not self.is_gpu)
+
     def record(self, experiment: str, rows: list[dict]) -> None:
         """Append measured rows to the store of the GPU at hand."""
         self.store.append(experiment, rows, self.device)
@@ -89,11 +97,28 @@ def start(preset: str = "auto") -> Here:
     """
     device = current_device()
     chosen = resolve_preset(preset, device)
+    _show_small_pictures()
     if not device.is_gpu:
         store = records.Store(ROOT / "data", RECORDED_SLUG, writable=False)
         return Here(device, chosen, store, ROOT / "figures" / RECORDED_SLUG)
     base = ROOT if chosen.name == "full" else ROOT / "build" / "quick"
     return Here(device, chosen, records.Store(base / "data", device.slug), base / "figures" / device.slug)
+
+
+def _show_small_pictures() -> None:
+    """In a notebook, store pictures with 256 colours: kept in the file, each of them is read at every opening."""
+    shell = get_ipython()
+    if shell is None or not hasattr(shell, "kernel"):
+        return
+    import matplotlib_inline.backend_inline  # noqa: F401  first: on loading it installs its own formatter
+    from matplotlib.figure import Figure
+
+    from lab.charts import small_png
+
+    def picture(figure: Figure) -> bytes:
+        return small_png(figure, dpi=figure.dpi, bbox_inches="tight")
+
+    shell.display_formatter.formatters["image/png"].for_type(Figure, picture)
 
 
 def show_source(obj: object) -> Markdown:

@@ -37,7 +37,8 @@ PROVENANCE = ("gpu", "driver", "torch", "triton", "commit", "measured_at")
 
 # Columns of whole numbers; `*_ms` and `*_per_s` are positive decimals; every other column is text.
 COUNTS = frozenset(
-    {"hidden", "residual", "m", "n", "k", "tp", "bytes", "rows", "rows_differing", "passed"} | {"failed", "skipped"}
+    {"hidden", "residual", "m", "n", "k", "tp", "bytes", "rows", "rows_differing", "settings", "results"}
+    | {"passed", "failed", "skipped"}
 )
 
 LOCK_SECONDS = 60.0
@@ -84,6 +85,8 @@ EXPERIMENTS = _table(
     Experiment("matmul", ("op", "impl", "dtype", "model", "layer", "tp", "m", "n", "k"), lesson="03"),
     Experiment("bandwidth", ("op", "impl", "dtype", "bytes"), lesson="02"),
     Experiment("invariance", ("op", "impl", "dtype", "case", "rows"), ("rows_differing",), lesson="00"),
+    Experiment("freedom", ("op", "dtype", "precision", "knob"), ("settings", "results"), lesson="04"),
+    Experiment("random_shapes", ("op", "impl", "dtype", "m", "n", "k"), ("rows", "rows_differing"), lesson="04"),
     Experiment("tests", ("suite",), ("passed", "failed", "skipped")),
 )
 
@@ -159,6 +162,8 @@ def _check_row(cells: Mapping[str, str], slug: str) -> None:
             raise ValueError(f"median_ms = {median:g} is not between p20_ms = {low:g} and p80_ms = {high:g}")
     if "rows_differing" in cells and int(cells["rows_differing"]) > int(cells["rows"]):
         raise ValueError(f"rows_differing = {cells['rows_differing']} of only rows = {cells['rows']}")
+    if "results" in cells and not 1 <= int(cells["results"]) <= int(cells["settings"]):
+        raise ValueError(f"results = {cells['results']} of settings = {cells['settings']}: should be 1 to as many")
 
 
 # --------------------------------------------------------------------------------------------- reading

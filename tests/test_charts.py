@@ -68,11 +68,37 @@ def invariance_rows():
     ]
 
 
+def freedom_rows():
+    point = {"op": "mm", "dtype": "bfloat16", "precision": "exact"}
+    return [
+        point | {"knob": knob, "settings": 4, "results": most} for knob, most in (("tile", 1), ("chunks of K", 4))
+    ]
+
+
+def random_shape_rows():
+    return [
+        {
+            "op": "mm",
+            "impl": impl,
+            "dtype": "float32",
+            "m": 64,
+            "n": n,
+            "k": 4096,
+            "rows": 100,
+            "rows_differing": more,
+        }
+        for n in (128, 1000)
+        for impl, more in (("cublas", n // 10), ("batch_invariant", 0))
+    ]
+
+
 ROWS = {
     "rms_norm": norm_rows,
     "matmul": matmul_rows,
     "bandwidth": copy_rows,
     "invariance": invariance_rows,
+    "freedom": freedom_rows,
+    "random_shapes": random_shape_rows,
 }
 
 
@@ -231,7 +257,7 @@ def test_invariance_map_joins_the_cases_without_a_change(tmp_path):
         for row, case in product(invariance_rows(), ("long", "square", "wide"))
     ]
     text = labels(CHARTS["invariance_map"](small(tmp_path, invariance=rows), tmp_path / "figures"))
-    on_the_left = [label for label in text if label.startswith("mm")]
+    on_the_left = list(dict.fromkeys(label for label in text if label.startswith("mm")))
     assert on_the_left == ["mm · batch_invariant · all 3 cases", "mm · cublas · wide", "mm · cublas · 2 other cases"]
     assert {f"0 / {3 * 274}", f"{17 // 2 + 256 // 2} / 274", f"0 / {2 * 274}"} <= set(text)
 
@@ -260,7 +286,7 @@ def test_one_size_and_one_point_can_be_drawn(tmp_path):
         bandwidth=copy_rows()[:1],
     )
     drawn = redraw_all(store, tmp_path / "figures")
-    assert drawn == [name for name in CHARTS if name != "invariance_map"]
+    assert drawn == [name for name in CHARTS if name not in ("invariance_map", "freedom_map", "random_shapes")]
 
 
 def test_an_implementation_nobody_knows_is_drawn_too(tmp_path):

@@ -83,7 +83,7 @@ def test_a_difference_says_where_and_what():
     difference = check.compare(got, want)
     assert (difference.rows, difference.rows_differing, difference.first) == (4, 2, (2, 1))
     assert (difference.got_bits, difference.want_bits) == ("0x8000", "0x0000")
-    assert str(difference) == "2 of 4 rows differ; first at (2, 1): -0.0 (0x8000) instead of 0.0 (0x0000)"
+    assert str(difference) == "2 of 4 rows differ; first at (2, 1): -0 (0x8000) instead of 0 (0x0000)"
     assert str(check.compare(want, want)) == "all 4 rows have the same bits"
 
 

@@ -85,6 +85,13 @@ def test_an_exercise_says_how_it_went(monkeypatch, solution, want, verdict):
     assert shown[0].startswith(verdict)
 
 
+def test_progress_is_one_line_and_only_on_a_gpu(monkeypatch, capsys):
+    for device, said in ((GPU, "copy: 3 of 3 points, 00:00"), (CPU, "")):
+        monkeypatch.setattr(lab.lesson, "current_device", lambda device=device: device)
+        assert list(start("quick").progress(range(3), "copy")) == [0, 1, 2]
+        assert capsys.readouterr().out.strip().split("\r")[-1].strip() == said
+
+
 def test_a_kernel_shows_its_own_source():
     assert "\ndef rms_norm(" in show_source(rms_norm).data
     assert "\n@triton.jit\ndef tree_sum(" in show_source(tree_sum).data

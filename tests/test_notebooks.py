@@ -91,6 +91,28 @@ def after_setup(notebook: NotebookNode) -> list[str]:
     return sources[opening + 1 :]
 
 
+@each_lesson
+def test_the_interpreter_is_chosen_before_triton_is_imported(lesson):
+    """Triton's own functions are made for the GPU or for the interpreter when it is imported.
+
+    ``lab.run`` hands the choice down to its lessons; JupyterLab and plain papermill do not.
+    """
+    cells = [cell.source for cell in code_cells(lesson.read())]
+    imported = [name for source in cells for name in imports(source) if name in ("triton", "kernels", "lab")]
+    assert imported[0] != "triton", "import lab or kernels before triton"
+
+
+def imports(source: str) -> list[str]:
+    """The packages that a cell imports, in order."""
+    names = []
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.Import):
+            names += [alias.name.split(".")[0] for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names.append(str(node.module).split(".")[0])
+    return names
+
+
 # ----------------------------------------------------------------------------------------- what is committed
 
 
