@@ -35,13 +35,15 @@ GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
 @gluon.jit
 def _tile_of(tile, M, N, BLOCK_M: gl.constexpr, WIDE_N: gl.constexpr, GROUP_M: gl.constexpr):
-    """First row and first column of a tile, in the order of ``kernels.matmul.tile_of``."""
+    """First row and first column of a tile, as ``tile_of`` and ``start_of`` in ``kernels/matmul.py`` give them."""
     blocks_m = (M + BLOCK_M - 1) // BLOCK_M
     blocks_n = (N + WIDE_N - 1) // WIDE_N
     first_m = tile // (GROUP_M * blocks_n) * GROUP_M
     group = min(blocks_m - first_m, GROUP_M)
     inside = tile % (GROUP_M * blocks_n)
-    return (first_m + inside % group) * BLOCK_M, inside // group * WIDE_N
+    start_m = (first_m + inside % group) * BLOCK_M
+    start_n = inside // group * WIDE_N
+    return min(start_m, max(M - BLOCK_M, 0)), min(start_n, max(N - WIDE_N, 0))
 
 
 @gluon.jit

@@ -267,6 +267,17 @@ def test_with_beta_zero_the_addend_is_not_read():
     assert same_bits(addmm(nan, a, b, beta=0), matmul(a, b))
 
 
+def test_tiles_that_overlap_add_the_addend_once():
+    """The last tile moves back inside the matrix, over rows that the one before has computed."""
+    a, b, addend = matrix(70, 40, torch.float32), matrix(40, 70, torch.float32), matrix(70, 70, torch.float32)
+    want = torch.addmm(addend.double(), a.double(), b.double(), alpha=2, beta=3)
+    magnitude = torch.addmm(addend.abs(), a.abs(), b.abs(), alpha=2, beta=3)
+    got = addmm(addend, a, b, alpha=2, beta=3)
+    assert (got.double() - want).norm() <= torch.finfo(a.dtype).eps * magnitude.norm()
+    with pytest.raises(ValueError, match="out shares memory with addend"):
+        addmm(addend, a, b, out=addend)
+
+
 def test_addmm_names_what_does_not_fit():
     with pytest.raises(ValueError, match=r"addend\.shape=\(4,\) does not broadcast to \(3, 5\)"):
         addmm(torch.zeros(4), A, B)
