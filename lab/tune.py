@@ -97,13 +97,16 @@ def time_candidates(m: int, n: int, k: int) -> dict[MatmulSchedule, float]:
 def fastest_few(times: dict[tuple, dict[MatmulSchedule, float]], limit: int) -> dict[tuple, MatmulSchedule]:
     """A schedule for every point, at most ``limit`` different ones in all: each costs a compilation.
 
-    Starts from the fastest of each point and gives up, one by one, the schedule that slows the points least.
+    Starts from the fastest of each point and gives up, one by one, the schedule that hurts the worst-served point
+    least, and among equals the sum of all points.
     """
 
-    def slowness(kept: set[MatmulSchedule]) -> float:
-        return sum(
-            math.log(min((ms for s, ms in point.items() if s in kept), default=math.inf)) for point in times.values()
-        )
+    def slowness(kept: set[MatmulSchedule]) -> tuple[float, float]:
+        losses = []
+        for point in times.values():
+            best_kept = min((ms for schedule, ms in point.items() if schedule in kept), default=math.inf)
+            losses.append(math.log(best_kept / min(point.values())))
+        return max(losses), sum(losses)
 
     kept = {min(point, key=point.get) for point in times.values()}
     while len(kept) > limit:
