@@ -301,7 +301,9 @@ def test_ctrl_c_says_what_ran_and_leaves_no_process_behind(tmp_path):
     add_lesson(house, "01_endless", f"import os, pathlib, time\n{tell}\ntime.sleep(120)")
     add_lesson(house, "02_never", "x = 1")
     call = "main(sys.argv[2:], pathlib.Path(sys.argv[1]))"
-    script = f"import pathlib, sys\nfrom lab.run import main\nsys.exit({call})"
+    # A shell's background job ignores Ctrl-C, and hands that on to whatever it starts.
+    heed = "signal.signal(signal.SIGINT, signal.default_int_handler)"
+    script = f"import pathlib, signal, sys\n{heed}\nfrom lab.run import main\nsys.exit({call})"
     command = [sys.executable, "-c", script, str(house / "notebooks"), "--out", str(house / "out")]
     with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         wait_for(lambda: started.exists() and started.read_text())
