@@ -42,7 +42,8 @@ def pytest_terminal_summary(
     terminalreporter: pytest.TerminalReporter, exitstatus: int, config: pytest.Config
 ) -> None:
     complete = exitstatus in (pytest.ExitCode.OK, pytest.ExitCode.TESTS_FAILED)
-    if not (config.getoption("--record-tests") and complete):
+    worker = hasattr(config, "workerinput")  # of pytest-xdist: it has seen its own share of the tests only
+    if not (config.getoption("--record-tests") and complete) or worker:
         return
     stats = terminalreporter.stats
     counts = {outcome: len(stats.get(outcome, [])) for outcome in OUTCOMES}
