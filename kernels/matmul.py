@@ -17,7 +17,9 @@ programming model.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -45,9 +47,11 @@ class MatmulSchedule:
     split: persistent, and the chunks of the plan are summed side by side, each by a program of its own; the last
         one to finish adds the sums up, in the plan's order. Otherwise one program takes the chunks in turn.
     specialised: persistent, and one warp loads while the others multiply (``kernels/matmul_hopper.py``).
+    relay: specialised, and the last rounds are dealt out in equal shares of K steps: a tile that one program begins,
+        another may finish. Where the plan has chunks, only together with ``split``.
     group_m: tiles of this many row blocks are visited together, so that they share weights in L2.
-    tail_n: a specialised tile is ``block_n + tail_n`` wide, because a power of two often does not divide the
-        work evenly among the SMs.
+    tail_m, tail_n: a specialised tile is ``block_m + tail_m`` high (if it is swapped) or ``block_n + tail_n`` wide
+        (if it is not), because a power of two often does not divide the work evenly among the SMs.
     """
 
     block_m: int
@@ -59,16 +63,25 @@ class MatmulSchedule:
     persistent: bool = False
     split: bool = False
     specialised: bool = False
+    relay: bool = False
     group_m: int = 8
+    tail_m: int = 0
     tail_n: int = 0
 
     @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns of ``c`` that one program computes at a time."""
-        return self.block_m, self.block_n + self.tail_n
+        return self.block_m + self.tail_m, self.block_n + self.tail_n
 
     def fits(self, plan: MatmulPlan) -> bool:
-        """Whether a thread has registers for this tile: twice as many where chunks are added up in turn."""
+        """Whether a thread has registers for this tile: twice as many where chunks are added up in turn.
+
+        And whether there are chunks to split, and what a relay hands over is one sum, not one of several chunks.
+        """
+        if self.specialised and self.split and plan.chunks == 1:
+            return False
+        if self.relay and plan.chunks > 1 and not self.split:
+            return False
         rows, columns = self.tile
         sums = 2 if plan.chunks > 1 and not self.split else 1
         return sums * rows * columns <= 192 * 32 * self.num_warps
@@ -85,18 +98,62 @@ PERSISTENT_TILES = (
     (MatmulSchedule(128, 256, 64, 8, 4, persistent=True), 1.00),
 )
 
-SPECIALISED_TILES = (
-    (MatmulSchedule(64, 64, 128, 4, 6, specialised=True), 0.52),
-    (MatmulSchedule(64, 64, 128, 4, 5, specialised=True, tail_n=32), 0.68),
-    (MatmulSchedule(64, 128, 128, 4, 4, specialised=True), 0.87),
-    (MatmulSchedule(128, 64, 64, 8, 6, specialised=True, tail_n=32), 0.88),
-    (MatmulSchedule(128, 128, 64, 8, 5, specialised=True), 0.97),
-    (MatmulSchedule(128, 128, 64, 8, 5, specialised=True, tail_n=32), 0.97),
-    (MatmulSchedule(128, 128, 64, 8, 4, specialised=True, tail_n=64), 1.00),
-    (MatmulSchedule(128, 256, 64, 8, 3, specialised=True), 1.02),
-)
+SHARED_BYTES = 227 * 1024
+"""Shared memory that one program may have on Hopper."""
 
 
+def specialised_schedule(
+    left: int, right: int, tail: int = 0, *, swap: bool = False, split: bool = False, relay: bool = False
+) -> MatmulSchedule | None:
+    """The specialised schedule of a tile, its pipeline as deep as shared memory allows; ``None`` if under 3 steps.
+
+    Args:
+        left, right, tail: its sides as ``wgmma`` sees them: ``left`` a multiple of 64, ``right + tail`` of 8. The
+            weight is the left operand if ``swap``, else the tokens are.
+    """
+    block_k = 128 if (left + right + tail) <= 192 else 64
+    room = SHARED_BYTES - 1024 - 2 * left * (right + tail)
+    stages = min(room // (2 * block_k * (left + right + tail)), 8)
+    if stages < 3:
+        return None
+    warps = 4 if left == 64 else 8
+    options = {"swap": swap, "specialised": True, "split": split, "relay": relay}
+    if swap:
+        return MatmulSchedule(right, left, block_k, warps, stages, tail_m=tail, **options)
+    return MatmulSchedule(left, right, block_k, warps, stages, tail_n=tail, **options)
+
+
+COMMON_TILES = ((64, 64, 0), (64, 64, 32), (64, 128, 0), (64, 128, 32), (128, 64, 32), (128, 128, 0), (128, 128, 32))
+COMMON_TILES += ((128, 128, 64), (128, 256, 0))
+"""Left, right and tail of the specialised tiles that serve most shapes: a model should not need many variants."""
+
+SPECIALISED = tuple(specialised_schedule(*tile, split=split) for split in (False, True) for tile in COMMON_TILES)
+
+
+def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms: int = 132) -> float:
+    """Microseconds that a specialised schedule should take on an H200; on another Hopper the order should be alike.
+
+    A tile is a left side in blocks of 64 by a right side in one or two parts. For 16 elements along K, the tensor
+    cores take half a clock for a column of each part, or as long as its two operands take to arrive from shared
+    memory at 96 bytes a clock: that is longer below 128 columns, and why a tail costs more than its width. L2
+    delivers 64 bytes a clock. Sums in fp32 travel at 16. All that overlaps with the bytes from memory, but not quite.
+    """
+    rows, columns = schedule.tile
+    left, wide = (columns, rows) if schedule.swap else (rows, columns)
+    tail = schedule.tail_m or schedule.tail_n
+    parts = sum(max(part / 2, (2048 + 32 * part) / 96) for part in (wide - tail, tail) if part)
+    clocks = max(left / 64 * parts, (left + wide) / 2)
+    chunks = plan.chunks if schedule.split else 1
+    jobs = triton.cdiv(m, rows) * triton.cdiv(n, columns) * chunks
+    handed_over = schedule.relay and jobs > sms
+    rounds = jobs / sms if handed_over else triton.cdiv(jobs, sms)
+    busy = rounds * (clocks * plan.k / chunks / 16 + left * wide / 32)
+    busy += left * wide / 4 * (2 * handed_over + (rounds + chunks) * (chunks > 1))  # sums written, and read again
+    bills = busy / 1700, 2 * (m * plan.k + n * plan.k + m * n) / 4.2e6
+    return max(bills) + min(bills) / 4 + 2 + 2 * (chunks > 1)
+
+
+@lru_cache(maxsize=65536)
 def choose_schedule(
     m: int,
     n: int,
@@ -111,7 +168,8 @@ def choose_schedule(
 
     Where a tuner has measured this shape on the GPU called ``gpu``, what it found fastest. Otherwise: with few rows
     the weight's bytes are the cost, so thin tiles with the weight on the left and a deep pipeline. With many, the
-    tensor cores' time is: of the large tiles, the one whose last wave of programs leaves the fewest SMs idle.
+    tensor cores' time is: of the large tiles, the one whose last wave of programs leaves the fewest SMs idle, on
+    Hopper by the estimate.
 
     Args:
         tma: whether both operands can be loaded through TMA descriptors.
@@ -123,9 +181,7 @@ def choose_schedule(
         return MatmulSchedule(**found)
     stages = 3 if plan.chunks == 1 else 2  # a chunk's sum on top: within the 64 KB of AMD's shared memory
     if itemsize == 4:
-        if m <= 32 and plan.block_k is None:
-            return MatmulSchedule(16, 64, 64, 4, stages, swap=True)
-        return MatmulSchedule(64, 64, 32, 4, stages)
+        return _choose_fp32(m, plan, tma, stages)
     if not tma:
         if m <= 32:
             return MatmulSchedule(max(16, triton.next_power_of_2(m)), 64, 64, 4, stages, swap=True)
@@ -136,14 +192,34 @@ def choose_schedule(
         split = plan.chunks > 1
         return MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True, split=split)
 
+    if specialised:
+        return min((s for s in SPECIALISED if s.fits(plan)), key=lambda s: estimate_us(m, n, plan, s, sms))
+
     def cost(candidate: tuple[MatmulSchedule, float]) -> float:
         schedule, rate = candidate
-        rows, columns = schedule.tile
-        waves = triton.cdiv(triton.cdiv(m, rows) * triton.cdiv(n, columns), sms)
-        return waves * rows * columns / rate
+        waves = triton.cdiv(triton.cdiv(m, schedule.block_m) * triton.cdiv(n, schedule.block_n), sms)
+        return waves * schedule.block_m * schedule.block_n / rate
 
-    tiles = PERSISTENT_TILES + SPECIALISED_TILES * specialised
-    return min((tile for tile in tiles if tile[0].fits(plan)), key=cost)[0]
+    return min((tile for tile in PERSISTENT_TILES if tile[0].fits(plan)), key=cost)[0]
+
+
+def _choose_fp32(m: int, plan: MatmulPlan, tma: bool, stages: int) -> MatmulSchedule:
+    """What a sweep on an H200 found best for fp32; where there is no TMA, within the shared memory of any GPU."""
+    if plan.precision == "ieee":  # no tensor core multiplies fp32 exactly: tiles as low as the rows
+        if m == 1:
+            return MatmulSchedule(1, 64, 64, 4, stages)
+        if m <= 64 and tma:
+            split = plan.chunks > 1
+            return MatmulSchedule(4, 128, 64, 4, 5 if m <= 16 else 3, swap=True, persistent=True, split=split)
+        if m <= 32:
+            return MatmulSchedule(16, 64, 64, 4, stages, swap=True)
+        return MatmulSchedule(128, 64, 16, 4, 4, swap=True) if m > 64 else MatmulSchedule(64, 64, 16, 4, 4, swap=True)
+    split = tma and plan.chunks > 1
+    if m <= 32:
+        return MatmulSchedule(16, 32, 64, 4, 4 if tma else stages, persistent=split, split=split)
+    if m > 512 and tma and not split:
+        return MatmulSchedule(128, 128, plan.block_k or 32, 8, 3, persistent=True)
+    return MatmulSchedule(64, 64, 64, 4, 3, persistent=True, split=split) if tma else MatmulSchedule(64, 32, 64, 4, 2)
 
 
 # ----------------------------------------------------------------------------------------------- helpers
@@ -425,7 +501,7 @@ def has_wgmma(device: torch.device) -> bool:
     return device.type == "cuda" and has_tma(device) and torch.cuda.get_device_capability(device)[0] == 9
 
 
-def _descriptor_fits(x: torch.Tensor) -> bool:
+def descriptor_fits(x: torch.Tensor) -> bool:
     """TMA wants 16-byte aligned rows, elements side by side along one axis, and no overlapping rows."""
     inner = 0 if x.stride(0) == 1 and x.stride(1) != 1 else 1
     outer_bytes = x.stride(1 - inner) * x.element_size()
@@ -564,21 +640,24 @@ def _product(a, b, bias, alpha, beta, precision, out_dtype, out, schedule) -> to
     c = _output((m, n), a, b, bias, out_dtype, out)
     plain = alpha == beta == 1.0 and (bias is None or bias.stride(0) == 0)
     # Columns past a multiple of 16 break up the stores of a large tile, whose staging then outgrows shared memory.
-    tma = plain and has_tma(a.device) and k > 0 and n % 16 == 0 and _descriptor_fits(a) and _descriptor_fits(b)
+    tma = plain and has_tma(a.device) and k > 0 and n % 16 == 0 and descriptor_fits(a) and descriptor_fits(b)
     k_major = a.stride(1) == 1 and b.stride(0) == 1
-    specialised = tma and has_wgmma(a.device) and a.element_size() == 2 and k_major and bias is None
-    specialised = specialised and c.dtype == a.dtype and _descriptor_fits(c)
+    specialised = tma and has_wgmma(a.device) and a.element_size() == 2 and k_major
+    specialised = specialised and c.dtype == a.dtype and descriptor_fits(c)
     if schedule is None:
         gpu = gpu_name(a.device) if specialised else None
-        schedule = choose_schedule(m, n, plan, a.element_size(), tma, sm_count(a.device), specialised, gpu)
+        usual = tma and (a.element_size() == 2 or k_major)  # fp32 tiles were tried with K elements side by side
+        schedule = choose_schedule(m, n, plan, a.element_size(), usual, sm_count(a.device), specialised, gpu)
     if plan.block_k is not None and (schedule.block_k != plan.block_k or schedule.swap):
         raise ValueError(f"schedule={schedule} is outside {plan}: its block_k and operand order are fixed")
     if (schedule.persistent or schedule.split) and not tma:
         raise ValueError(f"schedule={schedule} needs TMA descriptors, which these operands or this GPU rule out")
     if schedule.specialised and not specialised:
         raise ValueError(
-            f"schedule={schedule} needs a Hopper GPU and 16-bit operands with their K elements side by side, no bias"
+            f"schedule={schedule} needs a Hopper GPU and 16-bit operands with their K elements side by side"
         )
+    if schedule.relay and plan.chunks > 1 and not schedule.split:
+        raise ValueError(f"schedule={schedule} hands over one sum, and {plan} has several: split them")
     if m and n:
         _launch(a, b, bias, alpha, beta, c, plan, schedule)
     return c
@@ -611,12 +690,12 @@ def _batched(a, b, bias, precision, out_dtype) -> torch.Tensor:
     return c.view(*leading, m, n)
 
 
-FINISHED_COUNTERS = 1 << 20
+FINISHED_COUNTERS = 1 << 22
 _counters: dict[torch.device, list] = {}
 
 
-def _finished_counters(tiles: int, device: torch.device) -> torch.Tensor | None:
-    """Zeros that a split launch counts finished chunks in, one a tile; it leaves zeros behind.
+def finished_counters(tiles: int, device: torch.device) -> torch.Tensor | None:
+    """Zeros that a launch whose programs wait for each other counts in (see its kernel); it leaves zeros behind.
 
     Two launches that run at once must not share them. An eager call takes fresh ones. Inside a CUDA graph that would
     be one more kernel at every replay, so each captured call keeps its own stretch of a reserve that an eager call
@@ -631,6 +710,20 @@ def _finished_counters(tiles: int, device: torch.device) -> torch.Tensor | None:
         return None
     _counters[device][1] = used + tiles
     return reserve[used : used + tiles]
+
+
+@contextmanager
+def borrowed_counters() -> Iterator[None]:
+    """Takes back, at the end, the counters of graphs captured within. They must not be replayed after that.
+
+    For whoever captures thousands of launches and throws the graphs away, such as a tuner.
+    """
+    used = {device: entry[1] for device, entry in _counters.items()}
+    try:
+        yield
+    finally:
+        for device, entry in _counters.items():
+            entry[1] = used.get(device, 0)
 
 
 def _options(plan: MatmulPlan, schedule: MatmulSchedule, bias: torch.Tensor | None) -> dict:
@@ -678,23 +771,34 @@ def _launch_pointers(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: Mat
 
 def _launch(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: MatmulSchedule) -> None:
     (m, k), n = a.shape, b.shape[1]
+    if not (schedule.persistent or schedule.specialised):
+        _launch_pointers(a[None], b[None], bias, alpha, beta, c[None], plan, schedule)
+        return
     rows, columns = schedule.tile
     tiles = triton.cdiv(m, rows) * triton.cdiv(n, columns)
     sms = sm_count(a.device)
+    options, sizes = _options(plan, schedule, bias), (m, n, k, plan.chunk_k)
+    bias = None if bias is None else bias[0].contiguous()
     if schedule.specialised:
         from kernels import matmul_hopper  # Gluon: needed on Hopper alone
 
-        matmul_hopper.launch(a, b, c, plan, schedule, min(sms, tiles))
+        partial, counters = None, None
+        if schedule.split or schedule.relay:
+            programs = min(sms, tiles * (plan.chunks if schedule.split else 1))
+            sums, count = matmul_hopper.scratch(m, n, plan, schedule, programs)
+            counters = finished_counters(count, a.device)
+            if counters is None:
+                schedule = replace(schedule, split=False, relay=False)
+            else:
+                partial = torch.empty(sums, dtype=torch.float32, device=a.device)
+        if counters is None:
+            programs = min(sms, tiles)
+        matmul_hopper.launch(a, b, bias, c, plan, schedule, programs, partial, counters)
         return
-    if not schedule.persistent:
-        _launch_pointers(a[None], b[None], bias, alpha, beta, c[None], plan, schedule)
-        return
-    options, sizes = _options(plan, schedule, bias), (m, n, k, plan.chunk_k)
-    bias = None if bias is None else bias[0].contiguous()
     a_desc, options["A_K_MAJOR"] = _descriptor(a, (schedule.block_m, schedule.block_k))
     b_desc, b_n_major = _descriptor(b, (schedule.block_k, schedule.block_n))
     options["B_K_MAJOR"] = not b_n_major
-    counters = _finished_counters(tiles, a.device) if schedule.split else None
+    counters = finished_counters(tiles, a.device) if schedule.split else None
     if counters is not None:
         partial = torch.empty(tiles * plan.chunks * rows * columns, dtype=torch.float32, device=a.device)
         grid = (min(sms, tiles * plan.chunks),)

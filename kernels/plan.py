@@ -82,7 +82,8 @@ def plan_matmul(n: int, k: int, itemsize: int, precision: str = "ieee") -> Matmu
     """The plan for operands of ``itemsize`` bytes. M is deliberately not an argument.
 
     A narrow weight has too few columns to occupy a GPU when there are few rows, so its K is cut. It is cut for
-    every M alike, and at lengths that every step along K divides.
+    every M alike, so into no more chunks than pay on the whole: with many rows each costs a little. And it is cut
+    at lengths that every step along K divides.
 
     Raises:
         ValueError: ``precision`` is not one of ``PRECISIONS``, or is not ``"ieee"`` for 16-bit operands.
@@ -93,6 +94,104 @@ def plan_matmul(n: int, k: int, itemsize: int, precision: str = "ieee") -> Matmu
         raise ValueError(f"precision={precision!r} is for float32 operands; 16-bit products are exact in fp32")
     chunks = 1
     if k >= 4096:
-        chunks = 4 if n <= 1280 else 2 if n <= 2560 else 1
+        chunks = 4 if n <= 1024 else 2 if n <= 2048 else 1
     chunk_k = -(-k // (chunks * CHUNK_UNIT)) * CHUNK_UNIT
-    return MatmulPlan(k, chunks, chunk_k, precision, block_k=32 if precision == "tf32x3" else None)
+    return MatmulPlan(k, chunks, chunk_k, precision, block_k=64 if precision == "tf32x3" else None)
+
+
+HEAD_DIMS = (64, 128, 256)
+"""Head dimensions that attention takes."""
+
+
+@dataclass(frozen=True)
+class AttentionPlan:
+    """How a query row sums over the keys of its sequence.
+
+    Key positions are cut into chunks and those into blocks of ``block``, all counted from position 0 of the sequence.
+    The first ``early`` keys are cut into chunks of ``early_chunk``, the rest into chunks of ``chunk``: with few keys
+    more of them must go side by side to occupy a GPU, with many it is the merging that costs. Where a key lies in its
+    sequence is all that decides. A chunk starts from nothing and takes its blocks left to right with an online
+    softmax; then the chunks are merged left to right. The weights of a block are folded to ``lanes`` partial sums,
+    halves first (column ``j`` and column ``j + block / 2``, then a quarter apart, ...); the lanes are added up
+    once, at the end.
+    """
+
+    head_dim: int
+    chunk: int
+    block: int
+    early_chunk: int
+    early: int
+    lanes: int = 8
+
+    def chunk_of(self, position: int) -> int:
+        """The chunk that holds the key at ``position``."""
+        return min(position, self.early) // self.early_chunk + max(position - self.early, 0) // self.chunk
+
+    def start_of(self, chunk: int) -> int:
+        """Position of the first key of ``chunk``."""
+        early = self.early // self.early_chunk
+        return min(chunk, early) * self.early_chunk + max(chunk - early, 0) * self.chunk
+
+    def chunks(self, keys: int) -> int:
+        """Into how many chunks ``keys`` keys are cut, none if there is none."""
+        return self.chunk_of(keys - 1) + 1 if keys > 0 else 0
+
+    @property
+    def folds(self) -> int:
+        """How often a block is folded in half until ``lanes`` columns are left."""
+        return (self.block // self.lanes).bit_length() - 1
+
+
+@lru_cache
+def plan_attention(head_dim: int, itemsize: int) -> AttentionPlan:
+    """The plan for heads of ``head_dim`` elements of ``itemsize`` bytes. No length and no batch is an argument.
+
+    Raises:
+        ValueError: ``head_dim`` is not one of ``HEAD_DIMS``, or ``itemsize`` is not 2.
+    """
+    if head_dim not in HEAD_DIMS:
+        raise ValueError(f"head_dim must be one of {HEAD_DIMS}, got head_dim={head_dim}")
+    if itemsize != 2:
+        raise ValueError(f"attention takes 16-bit operands, got itemsize={itemsize}")
+    return AttentionPlan(head_dim, chunk=1024, block=64 if head_dim > 128 else 128, early_chunk=512, early=4096)
+
+
+EXACT_K = (2**31 - 1) // 128**2
+"""Most int8 products that an int32 holds the sum of, whatever their values: 131071. A product is at most 128^2."""
+
+PROMOTE_K = 512
+"""After how many e4m3 products their sum is added up in fp32. Hopper's tensor cores keep fewer bits than that."""
+
+PROMOTE_KS = (None, 128, 256, 512)
+"""The promotion intervals that the kernels take; ``None`` leaves all of K to the tensor core."""
+
+
+@dataclass(frozen=True)
+class W8A8Plan:
+    """How one output element of an 8-bit ``(M, K) @ (K, N)`` is summed over its ``k`` products.
+
+    int8 (``exact``): in int32, without a rounding. Integer addition is associative, so there is no order to fix and
+    every cut through K is a schedule's to make.
+
+    e4m3: ``promote_k`` products at a time (the last stretch may be shorter) are summed by the tensor core from zero,
+    in order, in the instruction's own format; the sums of the stretches are added in fp32, left to right, onto +0.
+    ``None``: one stretch.
+    """
+
+    k: int
+    exact: bool
+    promote_k: int | None
+
+
+@lru_cache
+def plan_w8a8(k: int, exact: bool, promote_k: int | None = PROMOTE_K) -> W8A8Plan:
+    """The plan of a sum over ``k`` products of int8 (``exact``) or e4m3. Neither M nor N is an argument.
+
+    Raises:
+        ValueError: ``k`` int8 products may overflow an int32; ``promote_k`` is not one of ``PROMOTE_KS``.
+    """
+    if exact and k > EXACT_K:
+        raise ValueError(f"K must be at most {EXACT_K} for an exact int32 sum of int8 products, got K={k}")
+    if promote_k not in PROMOTE_KS:
+        raise ValueError(f"promote_k must be one of {PROMOTE_KS}, got promote_k={promote_k}")
+    return W8A8Plan(k, exact, None if exact else promote_k)

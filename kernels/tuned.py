@@ -1,7 +1,8 @@
 """Tables of schedules that measurement found fastest, one JSON file per GPU in ``kernels/tuned/``.
 
 A table can make a kernel faster or slower, never change a bit: it names schedules, and schedules are free.
-``lab/tune.py`` writes the tables; a GPU without one runs on the defaults.
+``lab/tune.py`` writes the tables; a GPU without one runs on the defaults. A table has the ``schedules`` that occur in
+it and, for every shape of a weight, which of them (counted from 0) serves batches up to so many rows.
 """
 
 from __future__ import annotations
@@ -25,10 +26,13 @@ def _table(gpu: str) -> dict[tuple[int, int], tuple[list[int], list[dict]]]:
     path = path_of(gpu)
     if not path.is_file():
         return {}
-    shapes = json.loads(path.read_text())["shapes"]
+    table = json.loads(path.read_text())
     return {
-        (shape["n"], shape["k"]): ([row["m"] for row in shape["rows"]], [row["schedule"] for row in shape["rows"]])
-        for shape in shapes
+        (shape["n"], shape["k"]): (
+            [int(m) for m in shape["rows"]],
+            [table["schedules"][index] for index in shape["rows"].values()],
+        )
+        for shape in table["shapes"]
     }
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
 
@@ -17,7 +18,9 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 
+from kernels.attention import AttentionCall, _launch, _scale_log2
 from kernels.matmul import tile_of
+from kernels.plan import AttentionPlan
 
 if TYPE_CHECKING:
     from cuda.core import Kernel
@@ -238,3 +241,61 @@ def sdpa(backend: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], t
             return F.scaled_dot_product_attention(q, k, v)
 
     return attend
+
+
+def causal_sdpa(backend: str) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """One backend of ``scaled_dot_product_attention``, called as ``kernels.attention.attention`` is.
+
+    The function takes ``(batch, length, heads, dim)``, and sets the last query on the last key. Its ValueError: fewer
+    queries than keys, and more than one, for another backend than flash; PyTorch's mask would begin at the first key.
+
+    Raises:
+        ValueError: an unknown backend.
+    """
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+    from torch.nn.attention.bias import causal_lower_right
+
+    backends = {"flash": SDPBackend.FLASH_ATTENTION, "cudnn": SDPBackend.CUDNN_ATTENTION, "math": SDPBackend.MATH}
+    if backend not in backends:
+        raise ValueError(f"backend must be one of {sorted(backends)}, got backend={backend!r}")
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        q_len, kv_len = q.shape[1], k.shape[1]
+        options = {"is_causal": q_len > 1}
+        if 1 < q_len < kv_len:
+            if backend != "flash":
+                raise ValueError(f"{backend} cannot mask {q_len} queries at the end of {kv_len} keys")
+            options = {"attn_mask": causal_lower_right(q_len, kv_len)}
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))
+        with sdpa_kernel(backends[backend]):
+            out = F.scaled_dot_product_attention(q, k, v, enable_gqa=q.shape[1] != k.shape[1], **options)
+        return out.transpose(1, 2)
+
+    return attend
+
+
+def attention_by(plan: AttentionPlan) -> Callable[[torch.Tensor, torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Our causal attention under another plan than its own, to see what the plan costs.
+
+    The function takes operands of ``kernels.attention.attention`` and gives other bits than it.
+    """
+
+    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor) -> torch.Tensor:
+        out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
+        sizes = {"batch": q.shape[0], "q_len": q.shape[1], "kv_len": k.shape[1]}
+        _launch(AttentionCall(q, k, v, out, None, True, None, _scale_log2(None, q.shape[3]), **sizes), plan, None)
+        return out
+
+    return attend
+
+
+ENDLESS = 1 << 20
+"""A chunk that no sequence here fills."""
+
+
+def plan_by_load(plan: AttentionPlan, batch: int, heads_kv: int, kv_len: int, sms: int) -> AttentionPlan:
+    """``plan`` with chunks as long as one round of the SMs allows. It follows the batch: what invariance forbids."""
+    for chunk in (256, 1024, 2048):
+        if batch * heads_kv * triton.cdiv(kv_len, chunk) <= sms:
+            return replace(plan, chunk=chunk, early_chunk=chunk, early=0)
+    return replace(plan, chunk=ENDLESS, early_chunk=ENDLESS, early=0)

@@ -4,7 +4,8 @@
 from (GPU, driver, torch, triton, commit, time in UTC). Measuring only appends; drawing only reads. A point
 that is measured again gets a new row, and `Store.load` returns the newest row of each point.
 
-Units: `*_ms` are milliseconds, `bytes` are bytes read plus bytes written, every other number is a count.
+Units: `*_ms` are milliseconds, `bytes` are bytes (in `bandwidth` those read plus those written), `error` is relative;
+a whole number is a count.
 Whatever is wrong with a record raises `RecordError`, which names the file and the line, or the argument.
 """
 
@@ -35,10 +36,13 @@ if TYPE_CHECKING:
 TIMES = ("median_ms", "p20_ms", "p80_ms")
 PROVENANCE = ("gpu", "driver", "torch", "triton", "commit", "measured_at")
 
-# Columns of whole numbers; `*_ms` and `*_per_s` are positive decimals; every other column is text.
+# Columns of whole numbers; `*_ms` and `*_per_s` are positive decimals, and these may be zero; the rest is text.
+MAY_BE_ZERO = frozenset({"error", "largest_difference", "kl", "reading"})
 COUNTS = frozenset(
     {"hidden", "residual", "m", "n", "k", "tp", "bytes", "rows", "rows_differing", "settings", "results"}
-    | {"passed", "failed", "skipped"}
+    | {"passed", "failed", "skipped", "batch", "heads_q", "heads_kv", "head_dim", "q_len", "kv_len", "causal"}
+    | {"page_size", "tokens", "cuda_graph", "requests", "prompts", "completions", "unique_completions"}
+    | {"first_divergence", "promote_k", "migrated"}
 )
 
 LOCK_SECONDS = 60.0
@@ -87,6 +91,20 @@ EXPERIMENTS = _table(
     Experiment("invariance", ("op", "impl", "dtype", "case", "rows"), ("rows_differing",), lesson="00"),
     Experiment("freedom", ("op", "dtype", "precision", "knob"), ("settings", "results"), lesson="04"),
     Experiment("random_shapes", ("op", "impl", "dtype", "m", "n", "k"), ("rows", "rows_differing"), lesson="04"),
+    Experiment("attention", ("op", "impl", "dtype", "phase", "batch", "heads_q", "heads_kv", "head_dim", "q_len",
+                             "kv_len", "causal", "page_size"), lesson="06"),
+    Experiment("w8a8", ("op", "impl", "dtype", "model", "layer", "scheme", "m", "n", "k"), lesson="08"),
+    Experiment("w8a8_error", ("op", "impl", "dtype", "case", "promote_k", "k"), ("error",), lesson="08"),
+    Experiment("w8a8_model", ("op", "impl", "model", "precision", "batch"), lesson="08"),
+    Experiment("w8a8_accuracy", ("op", "model", "precision", "migrated"), ("error",), lesson="08"),
+    Experiment("forward_latency", ("op", "impl", "dtype", "model", "tokens", "cuda_graph"), lesson="09"),
+    Experiment("memory", ("op", "impl", "dtype", "model", "case"), ("bytes",), lesson="09"),
+    Experiment("generation", ("op", "impl", "dtype", "model", "case", "requests", "tokens"),
+               ("prompts", "completions", "unique_completions", "first_divergence", "tokens_per_s"), lesson="10"),
+    Experiment("trainer_sampler", ("op", "impl", "dtype", "model", "tokens"),
+               ("rows_differing", "largest_difference", "kl"), lesson="11"),
+    Experiment("digests", ("op", "dtype", "precision", "case", "m", "n", "k"), ("digest",), lesson="04"),
+    Experiment("counters", ("op", "impl", "dtype", "m", "n", "k", "counter"), ("reading",), lesson="05"),
     Experiment("tests", ("suite",), ("passed", "failed", "skipped")),
 )
 
@@ -104,7 +122,7 @@ def experiment(name: str) -> Experiment:
 
 
 def _is_decimal(column: str) -> bool:
-    return column.endswith(("_ms", "_per_s"))
+    return column.endswith(("_ms", "_per_s")) or column in MAY_BE_ZERO
 
 
 def _number(column: str, text: str) -> int | float:
@@ -114,7 +132,10 @@ def _number(column: str, text: str) -> int | float:
             raise ValueError("should be a whole number, zero or more")
         return int(text)
     value = float(text)
-    if not (math.isfinite(value) and value > 0):
+    if column in MAY_BE_ZERO:
+        if not (math.isfinite(value) and value >= 0):
+            raise ValueError("should be a finite number, zero or more")
+    elif not (math.isfinite(value) and value > 0):
         raise ValueError("should be a finite number above zero")
     return value
 
@@ -160,8 +181,10 @@ def _check_row(cells: Mapping[str, str], slug: str) -> None:
         low, median, high = (float(cells[name]) for name in ("p20_ms", "median_ms", "p80_ms"))
         if not low <= median <= high:
             raise ValueError(f"median_ms = {median:g} is not between p20_ms = {low:g} and p80_ms = {high:g}")
-    if "rows_differing" in cells and int(cells["rows_differing"]) > int(cells["rows"]):
-        raise ValueError(f"rows_differing = {cells['rows_differing']} of only rows = {cells['rows']}")
+    if "rows_differing" in cells:
+        compared = "rows" if "rows" in cells else "tokens"
+        if int(cells["rows_differing"]) > int(cells[compared]):
+            raise ValueError(f"rows_differing = {cells['rows_differing']} of only {compared} = {cells[compared]}")
     if "results" in cells and not 1 <= int(cells["results"]) <= int(cells["settings"]):
         raise ValueError(f"results = {cells['results']} of settings = {cells['settings']}: should be 1 to as many")
 

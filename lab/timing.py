@@ -10,6 +10,7 @@ from itertools import cycle
 
 import torch
 
+from kernels.matmul import borrowed_counters
 from lab.device import Device, Preset
 
 RING_CALLS = 256
@@ -81,7 +82,7 @@ def time_graphs(rings: dict[str, Sequence[Callable[[], object]]], preset: Preset
     A graph leaves no gap for the host to fill, so launch overhead on the CPU does not count.
     """
     stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
+    with borrowed_counters(), torch.cuda.stream(stream):
         graphs = {name: _capture(calls, stream) for name, calls in rings.items()}
         samples = _take_turns({name: graph.replay for name, graph in graphs.items()}, stream, preset)
     return {name: _timing([ms / len(rings[name]) for ms in times]) for name, times in samples.items()}

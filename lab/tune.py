@@ -14,17 +14,27 @@ import math
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
-from itertools import product
+from functools import partial
+from itertools import chain, product
+from statistics import geometric_mean
 
 import torch
 import triton
 from tqdm import tqdm
 
 from kernels import tuned
-from kernels.matmul import PERSISTENT_TILES, SPECIALISED_TILES, MatmulSchedule, has_wgmma, matmul
+from kernels.matmul import (
+    PERSISTENT_TILES,
+    SPECIALISED,
+    MatmulSchedule,
+    estimate_us,
+    has_wgmma,
+    matmul,
+    specialised_schedule,
+)
 from kernels.plan import MatmulPlan, plan_matmul
 from lab import check
 from lab.device import PRESETS, commit, current_device
@@ -36,9 +46,23 @@ MODELS = {
     "llama-3-70b": {"qkv": (10240, 8192), "o": (8192, 8192), "gate_up": (57344, 8192), "down": (8192, 28672)},
 }
 SPLIT_ALONG_K = ("o", "down")
+VOCABULARY = 128256
+"""Outputs of the last layer, which both models have and which ``MODELS`` leaves out: it runs once a token."""
+TENSOR_PARALLEL = (1, 2, 4, 8)
 VARIANTS = 12
-"""Most different schedules for one model on one number of GPUs."""
-TOKENS = (16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192)
+"""Most different kernels for one model on one number of GPUs; a schedule counts once for each number of chunks."""
+FINALISTS = 3
+TOKENS = (16, 32, 64, 112, 128, 192, 256, 384, 512, 640, 800, 1024, 1536, 2048, 4096, 8192)
+"""Batches that are tuned; one in between runs as the next larger one does, so they lie close where tiles are few."""
+
+Variant = tuple[int, MatmulSchedule]
+"""Chunks of the plan and a schedule: what is compiled."""
+
+
+def layers(model: str, tp: int) -> set[tuple[int, int]]:
+    """(N, K) of one GPU's part of every weight of ``model``, the last layer's included."""
+    last = VOCABULARY // tp, MODELS[model]["qkv"][1]
+    return {shard(model, layer, tp) for layer in MODELS[model]} | {last}
 
 
 def shard(model: str, layer: str, tp: int) -> tuple[int, int]:
@@ -47,23 +71,58 @@ def shard(model: str, layer: str, tp: int) -> tuple[int, int]:
     return (n, k // tp) if layer in SPLIT_ALONG_K else (n // tp, k)
 
 
-def thin_schedules() -> Iterator[MatmulSchedule]:
-    """For few rows: the weight on the left, a deep pipeline."""
-    for block_m, block_n, (block_k, stages) in product((16, 32, 64), (32, 64, 128), ((128, 4), (128, 6), (256, 4))):
-        if (block_m + block_n) * block_k * 2 * stages <= 200_000:
-            yield MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True)
-    yield MatmulSchedule(64, 32, 128, 4, 7, specialised=True)
+def thin_schedules(m: int, plan: MatmulPlan) -> Iterator[MatmulSchedule]:
+    """For few rows: the weight on the left, a deep pipeline. Also twice as high, to serve more rows too."""
+    lowest = max(16, triton.next_power_of_2(m))
+    for block_m, block_n, (block_k, stages) in product((lowest, 2 * lowest), (32, 64, 128), ((128, 6), (256, 4))):
+        if block_m <= 64 and (block_m + block_n) * block_k * 2 * stages <= 200_000:
+            in_turn = MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True)
+            yield in_turn
+            if plan.chunks > 1:
+                yield replace(in_turn, split=True)
 
 
-def candidates(m: int, plan: MatmulPlan, wgmma: bool) -> list[MatmulSchedule]:
-    """Schedules worth trying for ``m`` rows under ``plan``."""
-    found = [s for s in thin_schedules() if m <= 128 and s.block_m <= max(16, triton.next_power_of_2(m))]
-    if m > 32:
-        at_least = 128 if m >= 1024 else 64
-        found += [s for s, _ in (*PERSISTENT_TILES, *SPECIALISED_TILES) if at_least <= s.block_m <= 2 * m]
-    if plan.chunks > 1 and m <= 1024:
-        found += [replace(s, split=True) for s in found if s.persistent and not s.specialised]
-    return [s for s in dict.fromkeys(found) if s.fits(plan) and (wgmma or not s.specialised)]
+WIDTHS = ((16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32))
+WIDTHS += ((128, 0), (128, 16), (128, 32), (128, 64), (256, 0))
+"""Right sides of a specialised tile, and their tails."""
+
+
+def specialised_schedules(plan: MatmulPlan) -> Iterator[MatmulSchedule]:
+    """Every specialised schedule that ``plan`` allows."""
+    flags = product((False, True), (False, True)[: 1 + (plan.chunks > 1)], (False, True))
+    for swap, split, relay in flags:
+        for left, (right, tail) in product((64, 128, 256), WIDTHS):
+            if left * (right + tail) <= 128 * 256 and (swap or right + tail >= 32):
+                found = specialised_schedule(left, right, tail, swap=swap, split=split, relay=relay)
+                if found is not None and found.fits(plan):
+                    yield found
+
+
+def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 7) -> list[MatmulSchedule]:
+    """Schedules worth trying for ``m`` rows under ``plan``: common ones, and the ``most`` promising of all others.
+
+    Of the common ones those that may come near; of relays, which seldom win, three where one should.
+    """
+    found = list(thin_schedules(m, plan)) if m <= 64 else []
+    if wgmma:
+        highest = max(64, triton.next_power_of_2(m))
+        ranked = sorted(
+            (estimate_us(m, n, plan, s), at, s)
+            for at, s in enumerate(specialised_schedules(plan))
+            if s.tile[0] <= highest
+        )
+        best = min(us for us, _, s in ranked if not s.relay)
+        found += [s for _, _, s in ranked if not s.relay][:most]
+        found += [s for us, _, s in ranked if s.relay and us < 0.95 * best][:3]
+        found += [s for us, _, s in ranked if s in SPECIALISED and us <= 1.3 * best]
+    elif m > 32:
+        found += [s for s, _ in PERSISTENT_TILES if s.block_m <= 2 * m]
+    return [s for s in dict.fromkeys(found) if s.fits(plan)]
+
+
+def rows_of(n: int, tokens: Iterable[int]) -> list[int]:
+    """Those of ``tokens`` that a weight of ``n`` outputs is tuned for: the last layer is given few rows at a time."""
+    return sorted(m for m in tokens if m <= 512 or n not in [VOCABULARY // tp for tp in TENSOR_PARALLEL])
 
 
 def reference_schedule(m: int) -> MatmulSchedule:
@@ -71,47 +130,68 @@ def reference_schedule(m: int) -> MatmulSchedule:
     return MatmulSchedule(64, 64, 64, 4, 3) if m > 16 else MatmulSchedule(16, 64, 64, 4, 3, swap=True)
 
 
-def time_candidates(m: int, n: int, k: int) -> dict[MatmulSchedule, float]:
-    """Milliseconds per call of every candidate in bf16, weights cold.
+def time_candidates(m: int, weights: list[torch.Tensor]) -> dict[MatmulSchedule, float]:
+    """Time of every candidate in bf16 over that of ``torch.mm``, on ``weights`` (n, k) that rotate and so are cold.
+
+    All are timed briefly, then the ``FINALISTS`` fastest again and for longer.
 
     Raises:
         RuntimeError: a candidate's bits differ from the plan's.
     """
-    device = current_device()
-    count = min(ring_size(2 * n * k, device), 64)
-    weights = [(torch.randn(n, k, device="cuda") * k**-0.5).bfloat16() for _ in range(count)]
-    rows = [torch.randn(m, k, device="cuda").bfloat16() for _ in range(count)]
+    n, k = weights[0].shape
+    rows = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in weights]
     want = matmul(rows[0], weights[0].t(), schedule=reference_schedule(m))
-    rings = {}
-    for schedule in candidates(m, plan_matmul(n, k, 2), has_wgmma(torch.device("cuda"))):
+    rings = {None: [partial(torch.mm, a, w.t()) for a, w in zip(rows, weights, strict=True)]}
+    for schedule in candidates(m, n, plan_matmul(n, k, 2), has_wgmma(torch.device("cuda"))):
         got = matmul(rows[0], weights[0].t(), schedule=schedule)
         if not check.same_bits(got, want):
             raise RuntimeError(f"{schedule} at m={m}, n={n}, k={k} is no schedule: {check.compare(got, want)}")
-        rings[schedule] = [
-            lambda a=a, w=w, s=schedule: matmul(a, w.t(), schedule=s) for a, w in zip(rows, weights, strict=True)
-        ]
-    timings = time_graphs(rings, replace(PRESETS["full"], warmup_ms=3, measure_ms=10))
-    return {schedule: timing.median_ms for schedule, timing in timings.items()}
+        rings[schedule] = [partial(matmul, a, w.t(), schedule=schedule) for a, w in zip(rows, weights, strict=True)]
+
+    def timed(chosen: Iterable, measure_ms: int) -> dict[MatmulSchedule, float]:
+        preset = replace(PRESETS["full"], warmup_ms=1, measure_ms=measure_ms)
+        times = time_graphs({schedule: rings[schedule] for schedule in (None, *chosen)}, preset)
+        yardstick = times.pop(None).median_ms
+        return {schedule: timing.median_ms / yardstick for schedule, timing in times.items()}
+
+    times = timed(list(rings)[1:], 2)
+    return times | timed(sorted(times, key=times.get)[:FINALISTS], 8)
 
 
-def fastest_few(times: dict[tuple, dict[MatmulSchedule, float]], limit: int) -> dict[tuple, MatmulSchedule]:
-    """A schedule for every point, at most ``limit`` different ones in all: each costs a compilation.
+def cold_weights(n: int, k: int) -> list[torch.Tensor]:
+    """So many bf16 weights that each has left L2 before its turn comes again."""
+    count = min(ring_size(2 * n * k, current_device()), 64)
+    return [(torch.randn(n, k, device="cuda") * k**-0.5).bfloat16() for _ in range(count)]
 
-    Starts from the fastest of each point and gives up, one by one, the schedule that hurts the worst-served point
-    least, and among equals the sum of all points.
+
+def fastest_few(times: dict[tuple, dict[Variant, float]], limit: int) -> dict[tuple, Variant]:
+    """A variant for every point, at most ``limit`` different ones in all: each costs a compilation.
+
+    Starts from the fastest of each point and gives up, one by one, what costs least; then exchanges one for another
+    while that gains. The cost is the sum of the points' times, as shares of a yardstick, to the eighth power: one
+    point left slow outweighs many fast ones.
     """
+    columns = sorted({tried for point in times.values() for tried in point}, key=repr)
+    powers = torch.full((len(times), len(columns)), math.inf, dtype=torch.float64)
+    for row, point in zip(powers, times.values(), strict=True):
+        for at, tried in enumerate(columns):
+            row[at] = point.get(tried, math.inf) ** 8
 
-    def slowness(kept: set[MatmulSchedule]) -> tuple[float, float]:
-        losses = []
-        for point in times.values():
-            best_kept = min((ms for schedule, ms in point.items() if schedule in kept), default=math.inf)
-            losses.append(math.log(best_kept / min(point.values())))
-        return max(losses), sum(losses)
+    def cost(kept: list[int]) -> float:
+        return float(powers[:, kept].amin(1).sum())
 
-    kept = {min(point, key=point.get) for point in times.values()}
+    kept = powers.argmin(1).unique().tolist()
     while len(kept) > limit:
-        kept.remove(min(kept, key=lambda schedule: slowness(kept - {schedule})))
-    return {point: min(set(tried) & kept, key=tried.get) for point, tried in times.items()}
+        kept.remove(min(kept, key=lambda given_up: cost([at for at in kept if at != given_up])))
+    gained = True
+    while gained:
+        gained = False
+        for at, other in product(range(len(kept)), range(len(columns))):
+            exchanged = [*kept[:at], other, *kept[at + 1 :]]
+            if cost(exchanged) < (1 - 1e-9) * cost(kept):
+                kept, gained = exchanged, True
+    chosen = powers[:, kept].argmin(1).tolist()
+    return {point: columns[kept[at]] for point, at in zip(times, chosen, strict=True)}
 
 
 def _compile(jobs: list[tuple[int, int, MatmulSchedule]]) -> None:
@@ -120,13 +200,14 @@ def _compile(jobs: list[tuple[int, int, MatmulSchedule]]) -> None:
         matmul(a, a.new_zeros(n, k).t(), schedule=schedule)
 
 
-def compile_all(shapes: set[tuple[int, int]]) -> None:
+def compile_all(shapes: set[tuple[int, int]], tokens: Iterable[int]) -> None:
     """Compile every candidate into Triton's cache, in several processes: one alone would take minutes."""
-    one_each = {plan_matmul(n, k, 2).chunks: (n, k) for n, k in shapes}.values()
-    wgmma = has_wgmma(torch.device("cuda"))
-    everything = list(
-        {(n, k, s) for n, k in one_each for m in TOKENS for s in candidates(m, plan_matmul(n, k, 2), wgmma)}
-    )
+    wgmma, everything = has_wgmma(torch.device("cuda")), {}
+    for n, k in sorted(shapes):
+        plan = plan_matmul(n, k, 2)
+        for schedule in chain.from_iterable(candidates(m, n, plan, wgmma) for m in rows_of(n, tokens)):
+            everything[plan.chunks, schedule] = (n, k, schedule)  # one shape for each number of chunks will do
+    everything = list(everything.values())
     workers = max(min((os.cpu_count() or 2) - 2, 12), 1)
     context = multiprocessing.get_context("spawn")
     parts = [context.Process(target=_compile, args=(everything[i::workers],)) for i in range(workers)]
@@ -142,34 +223,57 @@ def _fields(schedule: MatmulSchedule) -> dict:
     return {key: value for key, value in asdict(schedule).items() if value != getattr(default, key)}
 
 
+def as_text(origin: dict, table: dict[tuple[int, int], dict[int, dict]]) -> str:
+    """The JSON of a table (shape to rows to fields), a line for every schedule and every shape."""
+    schedules, shapes = [], []
+    for (n, k), rows in sorted(table.items()):
+        for fields in rows.values():
+            if fields not in schedules:
+                schedules.append(fields)
+        shapes.append({"n": n, "k": k, "rows": {str(m): schedules.index(fields) for m, fields in rows.items()}})
+    head = json.dumps(origin, indent=1).removesuffix("\n}")
+    lists = {"schedules": schedules, "shapes": shapes}
+    body = [f' "{name}": [\n  ' + ",\n  ".join(map(json.dumps, rows)) + "\n ]" for name, rows in lists.items()]
+    return ",\n".join([head, *body]) + "\n}\n"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """Tune the shapes asked for and merge them into this GPU's table."""
     parser = argparse.ArgumentParser(prog="python -m lab.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
-    parser.add_argument("--tp", nargs="+", type=int, choices=(1, 2, 4, 8), default=[1, 2, 4, 8])
+    parser.add_argument("--tp", nargs="+", type=int, choices=TENSOR_PARALLEL, default=list(TENSOR_PARALLEL))
     parser.add_argument("--m", nargs="+", type=int, default=list(TOKENS), help="numbers of rows")
     options = parser.parse_args(arguments)
     device = current_device()
     if not device.is_gpu:
         parser.error("tuning measures on a GPU, and torch sees none here")
-    shapes = {shard(model, layer, tp) for model, tp in product(options.model, options.tp) for layer in MODELS[model]}
-    compile_all(shapes)
+    shapes = set().union(*(layers(model, tp) for model, tp in product(options.model, options.tp)))
+    compile_all(shapes, options.m)
     path = tuned.path_of(device.name)
     table = {}
     if path.is_file():
-        table = {(shape["n"], shape["k"]): shape for shape in json.loads(path.read_text())["shapes"]}
+        old = json.loads(path.read_text())
+        for shape in old["shapes"]:
+            rows = {int(m): old["schedules"][index] for m, index in shape["rows"].items()}
+            table[shape["n"], shape["k"]] = rows
     for model, tp in tqdm(list(product(options.model, options.tp)), desc="models", file=sys.stdout):
-        group = {shard(model, layer, tp) for layer in MODELS[model]}
-        points = product(sorted(options.m), group)
-        chosen = fastest_few({(n, k, m): time_candidates(m, n, k) for m, (n, k) in points}, VARIANTS)
-        for n, k in group:
-            rows = [{"m": m, "schedule": _fields(chosen[n, k, m])} for m in sorted(options.m)]
-            table[n, k] = {"n": n, "k": k, "rows": rows}
+        times = {}
+        for n, k in layers(model, tp):
+            weights, chunks = cold_weights(n, k), plan_matmul(n, k, 2).chunks
+            for m in rows_of(n, options.m):
+                found = time_candidates(m, weights)
+                times[n, k, m] = {(chunks, schedule): time for schedule, time in found.items()}
+        chosen = fastest_few(times, VARIANTS)
+        for n, k in layers(model, tp):
+            table[n, k] = {m: _fields(chosen[n, k, m][1]) for m in rows_of(n, options.m)}
+        speed = [1 / times[point][variant] for point, variant in chosen.items()]
+        speeds = f"mean {geometric_mean(speed):.3f}, least {min(speed):.2f}"
+        tqdm.write(f"{model}, {tp} GPUs: torch.mm's time over ours, {speeds}")
     origin = {"gpu": device.name, "torch": device.torch, "triton": device.triton, "commit": commit()}
     origin["measured_at"] = datetime.now(UTC).isoformat(timespec="seconds")
     path.parent.mkdir(exist_ok=True)
     half = path.with_suffix(".tmp")
-    half.write_text(json.dumps({**origin, "shapes": [table[key] for key in sorted(table)]}, indent=1) + "\n")
+    half.write_text(as_text(origin, table))
     os.replace(half, path)
     print(f"{len(shapes)} shapes tuned: {path.name}")
     return 0

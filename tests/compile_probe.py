@@ -12,18 +12,29 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 os.environ["TRITON_INTERPRET"] = "0"
 
+import torch
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels import matmul, matmul_hopper, norm
-from kernels.plan import MatmulPlan, plan_matmul, plan_row
+from kernels import activation, attention, matmul, matmul_hopper, norm, quant, w8a8, w8a8_hopper
+from kernels.plan import (
+    HEAD_DIMS,
+    AttentionPlan,
+    MatmulPlan,
+    W8A8Plan,
+    plan_attention,
+    plan_matmul,
+    plan_row,
+    plan_w8a8,
+)
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -32,6 +43,8 @@ TARGETS = {
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
 TMA_TARGETS = ("sm_90", "sm_100")
+SHARED_KB = {"sm_80": (163, 99), "sm_90": (227,), "sm_100": (227,), "gfx942": (64,)}
+"""Shared memory of a program; consumer GPUs have 99 KB and multiply as sm_80 does."""
 TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 
@@ -62,17 +75,30 @@ def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
         layout = gl.NVMMASharedLayout.get_default_for([rows, columns], gl.bfloat16)
         return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
 
-    s, tail = schedule, schedule.tail_n or schedule.block_n
-    boxes = {"a_desc": (s.block_m, s.block_k), "b_desc": (s.block_n, s.block_k), "tail_desc": (tail, s.block_k)}
-    boxes |= {"c_desc": (s.block_m, s.block_n), "c_tail_desc": (s.block_m, tail)}
+    s = schedule
+    left, right, tail = (s.block_n, s.block_m, s.tail_m) if s.swap else (s.block_m, s.block_n, s.tail_n)
+    boxes = {
+        "left_desc": (left, s.block_k),
+        "right_desc": (right, s.block_k),
+        "tail_desc": (tail or right, s.block_k),
+    }
+    turned = slice(None, None, -1 if s.swap else 1)
+    boxes |= {"c_desc": (left, right)[turned], "c_tail_desc": (left, tail or right)[turned]}
     arguments = {name: descriptor(*box) for name, box in boxes.items()}
-    arguments |= {"M": "i32", "N": "i32", "K": "i32", "chunk_k": "i32"}
-    constants = {"CHUNKS": plan.chunks, "BLOCK_M": s.block_m, "BLOCK_N": s.block_n, "TAIL_N": s.tail_n}
-    constants |= {"BLOCK_K": s.block_k, "STAGES": s.num_stages, "GROUP_M": s.group_m, "num_warps": s.num_warps}
+    arguments |= {"M": "i32", "N": "i32", "K": "i32", "chunk_k": "i32", "bias_ptr": "*bf16"}
+    constants = {"CHUNKS": plan.chunks, "HAS_BIAS": True, "SPLIT": s.split, "RELAY": s.relay, "SWAP": s.swap}
+    constants |= {"LEFT": left, "RIGHT": right, "TAIL": tail, "BLOCK_K": s.block_k, "STAGES": s.num_stages}
+    constants |= {"GROUP_M": s.group_m, "num_warps": s.num_warps}
+    if s.split or s.relay:
+        arguments |= {"partial_ptr": "*fp32", "done_ptr": "*i32"}
+    else:
+        constants |= {"partial_ptr": None, "done_ptr": None}
     names = kernel.arg_names
     signature = {name: arguments.get(name, "constexpr") for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
-    return GluonASTSource(kernel, signature, values, {}), {"num_warps": s.num_warps}
+    divisible = [names.index(name) for name in ("bias_ptr", "partial_ptr", "done_ptr") if name in arguments]
+    attributes = {(index,): [["tt.divisibility", 16]] for index in divisible}
+    return GluonASTSource(kernel, signature, values, attributes), {"num_warps": s.num_warps}
 
 
 def matmul_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan, dtype: str):
@@ -106,12 +132,125 @@ def matmul_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan, dtype: str):
     return specialised(kernel, arguments, constants, divisible), options
 
 
+def attention_case(schedule: attention.AttentionSchedule, plan: AttentionPlan, dtype: str, paged: bool):
+    """Contiguous and causal, or all at once: paged, with a window and the log-sum-exp."""
+    kernel = attention._attention_kernel
+    arguments = {name: "*i32" for name in kernel.arg_names if name.endswith("_ptr")}
+    arguments |= {f"{name}_ptr": TYPES[dtype] for name in ("q", "k", "v", "out")}
+    arguments |= {f"{name}_ptr": "*fp32" for name in ("lse", "part_m", "part_sums", "part_acc")}
+    strides = {name: "i32" for name in kernel.arg_names if name.startswith("stride")}
+    divisible = {*arguments, *strides} - {"stride_lb", "stride_lh", "stride_pb"}
+    arguments |= {**strides, **dict.fromkeys(attention.SIZES, "i32"), "scale_log2": "fp32"}
+    flags = {"HAS_WINDOW": paged, "HAS_LENS": paged, "VARLEN": paged, "PAGED": paged, "HAS_LSE": paged}
+    constants = {**attention.constants(plan, schedule, schedule.split), "CAUSAL": True, **flags, "PAGE_SIZE": 16}
+    options = {"num_warps": schedule.num_warps, "num_stages": schedule.num_stages, "enable_fp_fusion": False}
+    return specialised(kernel, arguments, constants, divisible), options
+
+
+def attention_cases(target: str):
+    """Schedules that the launcher would choose for a decode step, a few tokens and a prefill."""
+    chosen = set()
+    for kilobytes, head_dim, q_len in itertools.product(SHARED_KB[target], HEAD_DIMS, (1, 8, 16, 4096)):
+        if head_dim != 128 and q_len in (8, 16):
+            continue
+        plan = plan_attention(head_dim, 2)
+        schedule = attention.choose_schedule(q_len, 1, 8, 4, 4096, plan, 132, kilobytes * 1024)
+        for paged in {False, head_dim == 128 and q_len in (1, 4096)}:
+            chosen.add((f"attention of {head_dim} for {kilobytes} KB, {paged=}", plan, schedule, paged))
+    for label, plan, schedule, paged in sorted(chosen, key=repr):
+        yield f"{label}, {schedule}", *attention_case(schedule, plan, "bf16", paged)
+
+
+EIGHT_BIT = {True: "i8", False: "fp8e4nv"}
+"""Triton's names of the operands: int8 (exact) or e4m3."""
+GLUON_NAMES = {"i8": "int8", "fp8e4nv": "float8e4nv"}
+
+
+def quant_case(kernel, n: int, exact: bool):
+    plan = plan_row(n)
+    pointers = {name: TYPES["bf16"] for name in kernel.arg_names if name.endswith("_ptr")}
+    pointers |= {"q_ptr": f"*{EIGHT_BIT[exact]}", "scale_ptr": "*fp32"}
+    scalars = {name: "i32" for name in kernel.arg_names if name.startswith("stride") or name == "n_cols"}
+    constants = {**quant._eight_bits(torch.int8 if exact else torch.float8_e4m3fn), "WIDTH": plan.width}
+    arguments = {**pointers, **scalars}
+    if kernel is quant._rms_norm_per_token_quant_kernel:
+        arguments |= {"inv_n_cols": "fp32", "eps": "fp32"}
+        constants |= {"LEVELS": plan.levels, "HAS_RESIDUAL": True, "HAS_WEIGHT": True}
+    options = {"num_warps": norm.choose_schedule(plan).num_warps, "enable_fp_fusion": False}
+    return specialised(kernel, arguments, constants, {*pointers, *scalars}), options
+
+
+def w8a8_case(schedule: w8a8.W8A8Schedule, plan: W8A8Plan):
+    dtype = EIGHT_BIT[plan.exact]
+    arguments = {"scale_a_ptr": "*fp32", "scale_b_ptr": "*fp32", "bias_ptr": "*bf16"}
+    arguments |= {"M": "i32", "N": "i32", "K": "i32"}
+    if not schedule.specialised:
+        s = schedule
+        arguments |= {"a_ptr": f"*{dtype}", "b_ptr": f"*{dtype}", "c_ptr": "*bf16"}
+        arguments |= {"stride_am": "i32", "stride_bn": "i32", "stride_cm": "i32", "stretch_k": "i32"}
+        stretches = triton.cdiv(plan.k, plan.promote_k or plan.k)
+        constants = {"HAS_BIAS": True, "INT8": plan.exact, "STRETCHES": stretches, "SWAP": s.swap}
+        constants |= {"EVEN_K": False, "stride_ak": 1, "stride_bk": 1, "GROUP_M": s.group_m}
+        constants |= {"BLOCK_M": s.block_m, "BLOCK_N": s.block_n, "BLOCK_K": s.block_k}
+        options = {"num_warps": s.num_warps, "num_stages": s.num_stages, "enable_fp_fusion": False}
+        return specialised(w8a8._w8a8_kernel, arguments, constants, {*arguments} - {"M"}), options
+
+    def descriptor(name: str, box: tuple[int, int]) -> str:
+        short, element = ("bf16", gl.bfloat16) if name.startswith("c_") else (dtype, getattr(gl, GLUON_NAMES[dtype]))
+        layout = gl.NVMMASharedLayout.get_default_for(list(box), element)
+        return f"tensordesc<{short}[{box[0]}, {box[1]}],{layout!r}>"
+
+    kernel = w8a8_hopper._w8a8_specialised_kernel
+    constants, boxes, _ = w8a8_hopper.geometry(plan, schedule)
+    arguments |= {name: descriptor(name, box) for name, box in boxes.items()} | {"stretch_k": "i32"}
+    constants |= {"HAS_BIAS": True}
+    if constants["SPLIT"] > 1:
+        arguments |= {"partial_ptr": "*i32" if plan.exact else "*fp32", "done_ptr": "*i32"}
+    else:
+        constants |= {"partial_ptr": None, "done_ptr": None}
+    names = kernel.arg_names
+    signature = {name: arguments.get(name, "constexpr") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    divisible = [name for name in arguments if name.endswith("_ptr") or name in ("N", "K", "stretch_k")]
+    attributes = {(names.index(name),): [["tt.divisibility", 16]] for name in divisible}
+    options = {"num_warps": constants["num_warps"], "enable_fp_fusion": False}
+    return GluonASTSource(kernel, signature, values, attributes), options
+
+
+def w8a8_cases(target: str):
+    """The quantisers, and every schedule that the launcher would choose, for each 8-bit type of the target."""
+    kernels = {
+        "per_token_quant": quant._per_token_quant_kernel,
+        "rms_norm_per_token_quant": quant._rms_norm_per_token_quant_kernel,
+        "silu_mul_per_token_quant": quant._silu_mul_per_token_quant_kernel,
+    }
+    silu = {"gate_up_ptr": TYPES["bf16"], "y_ptr": TYPES["bf16"], "stride_gate_up": "i32", "n_cols": "i32"}
+    source = specialised(activation._silu_mul_kernel, silu, {"BLOCK": activation.BLOCK}, {*silu})
+    yield "silu_mul", source, {"num_warps": 4, "enable_fp_fusion": False}
+    for exact in (True, False)[: 1 + (target in TMA_TARGETS)]:  # the other two have no e4m3
+        for (name, kernel), n in itertools.product(kernels.items(), (4096, 14336)):
+            yield f"{name} {n} {EIGHT_BIT[exact]}", *quant_case(kernel, n, exact)
+        chosen = set()
+        for promote_k in (None, 128, 512)[: 1 if exact else 3]:
+            plan = plan_w8a8(4096, exact, promote_k)
+            for m, n, hopper in itertools.product((1, 64, 512, 2048), (4096, 6144), {False, target == "sm_90"}):
+                chosen.add((w8a8.choose_schedule(m, n, plan, hopper, 132), plan))
+            if target == "sm_90":
+                every = [tile for tile, _ in w8a8.WIDE_TILES] + [w8a8.thin_schedule(16, 4096, plan, 132)]
+                every += [replace(every[-1], split=2), replace(every[3], swap=True)]
+                chosen |= {(schedule, plan) for schedule in every if schedule.fits(plan)}
+        for schedule, plan in sorted(chosen, key=repr):
+            yield f"w8a8 {EIGHT_BIT[exact]} promoted after {plan.promote_k}, {schedule}", *w8a8_case(schedule, plan)
+
+
 def cases(target: str):
     """(label, source, options) of everything the launchers would run on ``target``."""
     flags = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True}
     for n in (4096, 5120, 8192):
         yield f"rms_norm {n}", *norm_case(norm._rms_norm_kernel, n, "bf16", **flags)
     yield "layer_norm 4096", *norm_case(norm._layer_norm_kernel, 4096, "fp16", HAS_WEIGHT=True, HAS_BIAS=True)
+    yield from attention_cases(target)
+    yield from w8a8_cases(target)
     tma, wgmma, sms = target in TMA_TARGETS, target == "sm_90", 132
     chosen = set()
     for dtype, itemsize, precision in (("bf16", 2, "ieee"), ("fp32", 4, "ieee"), ("fp32", 4, "tf32x3")):
@@ -122,6 +261,11 @@ def cases(target: str):
             for specialised in {False, wgmma and itemsize == 2}:
                 schedule = matmul.choose_schedule(m, n, plan, itemsize, tma, sms, specialised)
                 chosen.add((schedule, plan, dtype))
+    for n, swap, split in itertools.product((768, 4096) * wgmma, (False, True), (False, True)):
+        schedule = matmul.specialised_schedule(128, 128, 32, swap=swap, split=split and n == 768, relay=True)
+        plan = plan_matmul(n, 4096, 2)
+        if schedule.fits(plan):
+            chosen.add((schedule, plan, "bf16"))
     for schedule, plan, dtype in sorted(chosen, key=repr):
         label = f"matmul {dtype} {plan.precision}, {plan.chunks} chunks, {schedule}"
         yield label, *matmul_case(schedule, plan, dtype)

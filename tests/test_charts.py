@@ -12,6 +12,7 @@ import pytest
 
 from lab import charts, records
 from lab.charts import CHARTS, draw, redraw_all
+from lab.charts.attention import DECODE_PREFILL, FREE
 from lab.records import MissingRecord, RecordError, Store
 
 NORMS = ("cuda_row_blocked", "python", "batch_invariant", "torch", "torch_compile", "liger")
@@ -92,11 +93,80 @@ def random_shape_rows():
     ]
 
 
+def forward_rows(impls=("torch", "batch_invariant"), tokens=(16, 64, 512)):
+    point = {"op": "forward", "dtype": "bfloat16", "model": "llama-3.1-8b"}
+    return [
+        point | {"impl": impl, "tokens": count, "cuda_graph": graph} | times(max(4.0, count / 50) * (1.5 - graph / 2))
+        for impl, count, graph in product(impls, tokens, (0, 1))
+    ]
+
+
+def generation_rows():
+    point = {"op": "generate", "dtype": "bfloat16", "tokens": 64}
+    rows = []
+    for impl, (model, prompts) in product(("torch", "batch_invariant"), {"bytes": 8, "llama-3.1-8b": 2}.items()):
+        same = impl == "batch_invariant"
+        rows.append(
+            point
+            | {"impl": impl, "model": model, "case": "changing load", "requests": 256, "prompts": prompts}
+            | {"completions": 1000 * prompts, "unique_completions": 1 if same else 37}
+            | {"first_divergence": 64 if same else 9, "tokens_per_s": 9000.0}
+        )
+        if model != "bytes":
+            rows += [
+                point
+                | {"impl": impl, "model": model, "case": "steady", "requests": requests, "prompts": requests}
+                | {"completions": 3 * requests, "unique_completions": 1, "first_divergence": 64}
+                | {"tokens_per_s": 200.0 * requests**0.8 * (0.97 if same else 1)}
+                for requests in (1, 16, 64, 256)
+            ]
+    return rows
+
+
+PROMPTS = ((16, 1024), (4, 4096), (1, 16384), (1, 32768))
+CACHES = tuple(product((1, 4, 16, 64), (1024, 4096, 8192, 32768)))
+ATTENTIONS = {"sdpa_flash": 1.5, "sdpa_cudnn": 1.05, "batch_invariant": 1.0}
+
+
+def attention_point(phase, batch, kv_len, heads_kv, impl, ms, page_size=0):
+    shape = {"batch": batch, "heads_q": 32, "heads_kv": heads_kv, "head_dim": 128}
+    shape |= {"q_len": 1 if phase == "decode" else kv_len, "kv_len": kv_len, "causal": 1, "page_size": page_size}
+    return {"op": "attention", "impl": impl, "dtype": "bfloat16", "phase": phase} | shape | times(ms)
+
+
+def attention_rows(impls=tuple(ATTENTIONS)):
+    rows = []
+    for heads_kv, (batch, length) in product((8, 32), PROMPTS):
+        ms = 2 * batch * 32 * 128 * length**2 / 6e11 * (1 + 200 / length)
+        rows += [attention_point("prefill", batch, length, heads_kv, impl, ATTENTIONS[impl] * ms) for impl in impls]
+        rows += [attention_point("prefill", batch, length, heads_kv, FREE["prefill"], 0.98 * ms)]
+    for batch, length in CACHES:
+        ms = 0.004 + batch * length * 8 * 512 / 4.3e9
+        rows += [attention_point("decode", batch, length, 8, impl, ATTENTIONS[impl] * ms) for impl in impls]
+        rows += [attention_point("decode", batch, length, 8, "batch_invariant", 1.02 * ms, 16)]
+        rows += [attention_point("decode", batch, length, 8, FREE["decode"], 0.95 * ms)] * (batch < 16)
+    return rows
+
+
+def attention_invariance_rows():
+    rows = []
+    for impl, keys in product(ATTENTIONS, (128, 512, 1024, 4096)):
+        where = {"op": "attention", "impl": impl, "dtype": "bfloat16"}
+        case = f"{DECODE_PREFILL}, up to {keys} keys"
+        share = {"sdpa_flash": 0.9, "sdpa_cudnn": 0.7, "batch_invariant": 0.0}[impl]
+        rows.append(where | {"case": case, "rows": 256, "rows_differing": int(256 * share)})
+        rows.append(where | {"case": f"{case}, elements", "rows": 32768, "rows_differing": int(9000 * share)})
+    return rows
+
+
 ROWS = {
+    "attention": attention_rows,
+    "forward_latency": forward_rows,
+    "generation": generation_rows,
     "rms_norm": norm_rows,
     "matmul": matmul_rows,
     "bandwidth": copy_rows,
-    "invariance": invariance_rows,
+    "invariance": lambda: invariance_rows() + attention_invariance_rows(),
     "freedom": freedom_rows,
     "random_shapes": random_shape_rows,
 }
@@ -245,6 +315,24 @@ def test_roof_is_the_best_measured_rate_and_the_copy_bandwidth(full, drawn):
     assert f"highest rate measured: {best:.0f} TFLOPS" in text and "copy kernel: 4.30 TB/s" in text
 
 
+def test_latency_per_token_is_the_time_of_the_pass_over_its_tokens(full, drawn):
+    published, eager, graph = drawn["forward_latency_seed_vs_here"].axes
+    assert lines(published)[charts.BLUE] == ([16, 32, 64, 128, 256, 512], [0.76, 0.38, 0.19, 0.095, 0.05, 0.04])
+    assert lines(eager)[charts.BLUE][1] == pytest.approx([6 / 16, 6 / 64, 15.36 / 512])
+    assert lines(graph)[charts.ORANGE][1] == pytest.approx([4 / 16, 4 / 64, 10.24 / 512])
+    assert published.get_ylim() == graph.get_ylim() and published.get_ylim()[0] == 0
+    floor = lines(graph)[charts.INK][1]
+    assert floor[0] == pytest.approx(2 * 7.505e9 / 4.3e12 * 1e3 / 16, rel=1e-2)  # 7.5 billion weights, at 4.3 TB/s
+
+
+def test_completions_and_their_speed_are_counted(drawn):
+    text = labels(drawn["completions"])
+    assert {"37 of 1000", "1 of 1000", "9 of 64", "all 64"} <= set(text)
+    speed, ratio = drawn["tokens_per_s"].axes
+    assert lines(ratio)[charts.BLUE] == ([1, 16, 64, 256], pytest.approx([0.97] * 4, rel=1e-4))
+    assert lines(speed)[charts.ORANGE][1][0] == 200
+
+
 def test_invariance_map_counts_rows(drawn):
     text = labels(drawn["invariance_map"])
     assert "0 / 274" in text and f"{17 // 2 + 256 // 2} / 274" in text
@@ -286,7 +374,7 @@ def test_one_size_and_one_point_can_be_drawn(tmp_path):
         bandwidth=copy_rows()[:1],
     )
     drawn = redraw_all(store, tmp_path / "figures")
-    assert drawn == [name for name in CHARTS if name not in ("invariance_map", "freedom_map", "random_shapes")]
+    assert drawn == [name for name in CHARTS if name.startswith(("rms_norm", "matmul"))]
 
 
 def test_an_implementation_nobody_knows_is_drawn_too(tmp_path):

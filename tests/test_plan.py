@@ -13,8 +13,8 @@ from kernels.norm import tree_sum_ref
 
 
 def test_no_plan_can_see_the_batch():
-    forbidden = {"m", "rows", "n_rows", "batch", "device", "sms", "grid", "schedule"}
-    for make in (plan.plan_row, plan.plan_matmul):
+    forbidden = {"m", "rows", "n_rows", "batch", "q_len", "kv_len", "device", "sms", "grid", "schedule"}
+    for make in (plan.plan_row, plan.plan_matmul, plan.plan_attention):
         assert not forbidden & set(inspect.signature(make).parameters)
 
 
@@ -32,12 +32,39 @@ def test_a_row_that_does_not_fit_is_refused(n):
 
 
 def test_precision_belongs_to_fp32():
-    assert plan.plan_matmul(8, 64, 4, "tf32x3").block_k == 32
+    assert plan.plan_matmul(8, 64, 4, "tf32x3").block_k == 64
     assert plan.plan_matmul(8, 64, 4, "tf32").block_k is None
     with pytest.raises(ValueError, match="precision='fast'"):
         plan.plan_matmul(8, 64, 4, "fast")
     with pytest.raises(ValueError, match="precision='tf32'"):
         plan.plan_matmul(8, 64, 2, "tf32")
+
+
+@pytest.mark.parametrize("head_dim", plan.HEAD_DIMS)
+def test_blocks_of_keys_fill_a_chunk_and_fold_to_its_lanes(head_dim):
+    made = plan.plan_attention(head_dim, 2)
+    assert made.head_dim == head_dim
+    assert made.chunk % made.block == made.early_chunk % made.block == made.early % made.early_chunk == 0
+    assert made.early % made.chunk == 0
+    assert made.block >> made.folds == made.lanes == 8
+
+
+@given(st.integers(0, 100_000))
+def test_every_key_lies_in_the_chunk_that_the_plan_names(position):
+    made = plan.plan_attention(128, 2)
+    chunk = made.chunk_of(position)
+    assert made.start_of(chunk) <= position < made.start_of(chunk + 1)
+    assert made.start_of(chunk + 1) - made.start_of(chunk) == (
+        made.early_chunk if position < made.early else made.chunk
+    )
+    assert made.chunks(position + 1) == chunk + 1
+    assert made.chunks(0) == 0
+
+
+@pytest.mark.parametrize(("head_dim", "itemsize", "named"), [(96, 2, "head_dim=96"), (128, 4, "itemsize=4")])
+def test_heads_without_a_plan_are_refused(head_dim, itemsize, named):
+    with pytest.raises(ValueError, match=named):
+        plan.plan_attention(head_dim, itemsize)
 
 
 @given(st.integers(0, 60_000), st.integers(0, 60_000))

@@ -151,6 +151,11 @@ def test_more_rows_differing_than_rows_is_refused(store):
     row = {"op": "mm", "impl": "x", "dtype": "int8", "case": "c", "rows": 4, "rows_differing": 5}
     with pytest.raises(RecordError, match="rows_differing = 5 of only rows = 4"):
         store.append("invariance", row, GPU, "c")
+    row = {"op": "generate", "impl": "x", "dtype": "int8", "model": "tiny", "tokens": 4, "rows_differing": 5}
+    row |= {"largest_difference": 0.0, "kl": 0.0}
+    with pytest.raises(RecordError, match="rows_differing = 5 of only tokens = 4"):
+        store.append("trainer_sampler", row, GPU, "c")
+    store.append("trainer_sampler", row | {"rows_differing": 0}, GPU, "c")
 
 
 def test_unknown_experiment_names_those_that_exist(store):
@@ -348,7 +353,7 @@ def test_reference_charts():
         "Batch-invariant (Python)": 1.25,
         "Batch-invariant (Triton)": 0.21,
     }
-    with pytest.raises(RecordError, match="there are: matmul, rms_norm"):
+    with pytest.raises(RecordError, match="there are: forward_latency, matmul, rms_norm"):
         reference("nothing")
 
 

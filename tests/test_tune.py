@@ -5,9 +5,21 @@ import json
 import pytest
 
 from kernels import tuned
-from kernels.matmul import MatmulSchedule, choose_schedule
+from kernels.matmul import SHARED_BYTES, MatmulSchedule, choose_schedule, estimate_us, specialised_schedule
 from kernels.plan import plan_matmul
-from lab.tune import MODELS, TOKENS, VARIANTS, candidates, fastest_few, main, shard
+from lab.tune import (
+    MODELS,
+    TOKENS,
+    VARIANTS,
+    as_text,
+    candidates,
+    fastest_few,
+    layers,
+    main,
+    rows_of,
+    shard,
+    specialised_schedules,
+)
 
 FAST, FAIR, SLOW = (MatmulSchedule(16 << i, 64, 64, 4, 3) for i in range(3))
 
@@ -29,10 +41,53 @@ def test_few_schedules_are_kept_where_they_cost_least():
 @pytest.mark.parametrize("shape", [(768, 4096), (6144, 4096)])
 def test_every_candidate_fits_its_plan(m, shape):
     plan = plan_matmul(*shape, 2)
-    tried = candidates(m, plan, wgmma=True)
+    tried = candidates(m, shape[0], plan, wgmma=True)
     assert len(tried) == len(set(tried)) > 3
     assert all(schedule.fits(plan) for schedule in tried)
-    assert not any(schedule.specialised for schedule in candidates(m, plan, wgmma=False))
+    assert not any(schedule.specialised for schedule in candidates(m, shape[0], plan, wgmma=False))
+
+
+def test_every_specialised_schedule_fits_its_plan_and_shared_memory():
+    for shape in ((768, 4096), (6144, 4096)):
+        plan = plan_matmul(*shape, 2)
+        found = list(specialised_schedules(plan))
+        assert len(found) == len(set(found)) > 50
+        for s in found:
+            (rows, columns), left = s.tile, s.block_n if s.swap else s.block_m
+            assert left % 64 == 0 and s.num_stages >= 3 and s.fits(plan)
+            assert 2 * ((rows + columns) * s.block_k * s.num_stages + rows * columns) <= SHARED_BYTES - 1024
+            assert not (s.tail_n if s.swap else s.tail_m)
+    assert any(s.relay and not s.split for s in found) and not any(s.split for s in found)
+
+
+def test_the_estimate_knows_when_a_round_does_not_come_out_even():
+    plan = plan_matmul(10240, 8192, 2)
+    whole = specialised_schedule(128, 256)
+    fair = specialised_schedule(128, 256, relay=True)
+    assert estimate_us(512, 10240, plan, fair) < 0.8 * estimate_us(512, 10240, plan, whole)  # 160 tiles, 132 SMs
+    assert estimate_us(8192, 10240, plan, whole) > 10 * estimate_us(512, 10240, plan, fair)
+
+
+@pytest.mark.parametrize(
+    ("m", "shape", "schedule", "measured_us"),
+    [
+        (1024, (768, 4096), specialised_schedule(64, 64, 32), 14.0),
+        (1024, (1280, 8192), specialised_schedule(128, 64, 16), 43.1),
+        (4096, (1280, 8192), specialised_schedule(128, 128, 32), 124.9),
+        (2048, (2560, 8192), specialised_schedule(128, 128, 32), 144.1),
+        (777, (7168, 8192), specialised_schedule(128, 128), 159.0),
+        (777, (4096, 4096), specialised_schedule(128, 256), 48.8),
+    ],
+)
+def test_the_estimate_is_near_what_an_h200_measured(m, shape, schedule, measured_us):
+    """Within a quarter: a chip under load slows its clock down, by more the longer a launch takes."""
+    assert 0.75 < estimate_us(m, shape[0], plan_matmul(*shape, 2), schedule) / measured_us < 1.25
+
+
+def test_the_last_layer_is_tuned_for_few_rows():
+    assert layers("llama-3-8b", 8) == {(768, 4096), (4096, 512), (3584, 4096), (4096, 1792), (16032, 4096)}
+    assert rows_of(16032, TOKENS) == [m for m in TOKENS if m <= 512]
+    assert rows_of(768, TOKENS) == list(TOKENS)
 
 
 def test_tuning_without_a_gpu_is_refused(monkeypatch, capsys):
@@ -51,9 +106,9 @@ def test_a_shipped_table_names_its_origin_and_holds_valid_schedules(path):
     assert tuned.path_of(table["gpu"]) == path
     assert {"torch", "triton", "commit", "measured_at"} <= set(table)
     for shape in table["shapes"]:
-        plan = plan_matmul(shape["n"], shape["k"], 2)
-        assert [row["m"] for row in shape["rows"]] == sorted(row["m"] for row in shape["rows"])
-        assert all(MatmulSchedule(**row["schedule"]).fits(plan) for row in shape["rows"])
+        plan, rows = plan_matmul(shape["n"], shape["k"], 2), [int(m) for m in shape["rows"]]
+        assert rows == sorted(set(rows))
+        assert all(MatmulSchedule(**table["schedules"][index]).fits(plan) for index in shape["rows"].values())
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
@@ -61,8 +116,24 @@ def test_a_model_needs_at_most_a_dozen_variants(path):
     rows = {(shape["n"], shape["k"]): shape["rows"] for shape in json.loads(path.read_text())["shapes"]}
     for model in MODELS:
         for tp in (1, 2, 4, 8):
-            used = [row["schedule"] for layer in MODELS[model] for row in rows[shard(model, layer, tp)]]
-            assert len({MatmulSchedule(**schedule) for schedule in used}) <= VARIANTS
+            used = {
+                (plan_matmul(*shape, 2).chunks, index)
+                for shape in layers(model, tp) & set(rows)
+                for index in rows[shape].values()
+            }
+            assert len(used) <= VARIANTS
+
+
+def test_a_table_reads_back_as_it_was_written(tmp_path, monkeypatch):
+    first, second = {"block_m": 16}, {"block_m": 128, "relay": True}
+    text = as_text({"gpu": "this one"}, {(64, 32): {16: first, 128: second}, (8, 32): {16: second}})
+    (tmp_path / "this-one.json").write_text(text)
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    tuned._table.cache_clear()
+    assert [tuned.find("this one", 64, 32, m) for m in (1, 17)] == [first, second]
+    assert tuned.find("this one", 8, 32, 999) == second
+    assert len(json.loads(text)["schedules"]) == 2
+    tuned._table.cache_clear()
 
 
 def test_a_table_is_asked_by_the_rows_at_or_above(monkeypatch):
@@ -78,5 +149,6 @@ def test_a_tuned_schedule_comes_before_the_default(monkeypatch):
     monkeypatch.setattr(tuned, "find", lambda gpu, n, k, m: {"block_m": 16, "block_n": 32, "block_k": 64,
                                                              "num_warps": 4, "num_stages": 3})  # fmt: skip
     plan = plan_matmul(64, 32, 2)
+    choose_schedule.cache_clear()
     assert choose_schedule(1, 64, plan, 2, True, 132, True, "this one") == MatmulSchedule(16, 32, 64, 4, 3)
     assert choose_schedule(1, 64, plan, 2, True, 132, True) != MatmulSchedule(16, 32, 64, 4, 3)
