@@ -35,7 +35,7 @@ EIGHT_BITS = [
         ),
     ),
 ]
-SIZES = [(1, 4096, 4096), (33, 512, 1024), (100, 3008, 784), (257, 1280, 4160), (300, 1536, 5000)]
+SIZES = [(1, 4096, 4096), (33, 512, 1024), (100, 3008, 784), (257, 1280, 4160), (300, 1536, 5008), (90, 512, 5000)]
 
 
 def randn(*shape, dtype=torch.bfloat16, seed=0):
@@ -72,6 +72,7 @@ def schedules(m, n, k, plan):
         wide = [tile for tile, _ in WIDE_TILES]
         every += wide + [replace(tile, split=2) for tile in wide]
         every += [replace(thin, split=split) for split in (1, 2, 3, 7)]
+        every += [replace(thin, block_k=128, split=1)]
         every += [replace(thin, block_m=128, block_n=128, block_k=128, num_warps=8, num_stages=4)]
     return [schedule for schedule in every if schedule.fits(plan)]
 
@@ -86,6 +87,7 @@ def test_quantisers_and_what_is_fused_into_them(n, dtype, eight):
     x, residual, weight = (randn(m, n, dtype=dtype, seed=m) for m in (97, 97, 1))
     x[5], x[6, 7], x[7, 9] = 0, float("nan"), float("inf")
     x[8] *= 1e-6
+    x[9] = torch.finfo(dtype).smallest_normal / 8  # a row of denormals
     q, scale = per_token_quant(x, eight)
     want_q, want_scale = per_token_quant_ref(x, eight)
     assert torch.equal(scale.isnan(), want_scale.isnan())
@@ -150,8 +152,8 @@ def test_promotion_lessens_the_error_of_fp8(dtype):
         c = w8a8_matmul(a, w.t(), scale_a, scale_b, out_dtype=torch.float32, plan=plan)
         return relative_error(c, want)
 
-    assert error(128) <= error(512) <= error(None) < 0.05
-    assert error(128) < 1e-3
+    assert error(128) < error(256) < error(512) < error(None)
+    assert error(128) < 1e-3 and error(512) < 1e-2
 
 
 @pytest.mark.parametrize("out_dtype", [torch.bfloat16, torch.float16])

@@ -39,7 +39,7 @@ SCHEMES = {
     "int8": (Look("int8, this collection", RED, "D"), Look("int8, torch._int_mm (not scaled)", ORANGE, "^", "--")),
     "fp8": (Look("fp8, this collection", BLUE, "D"), Look("fp8, torch._scaled_mm", GREEN, "o", "--")),
 }
-FAST = Look("fp8, torch._scaled_mm, fast accumulation (never promotes)", INK, "v", ":")
+FAST = Look("fp8, torch._scaled_mm, fast accumulation", INK, "v", ":")
 MODEL_LAYERS = ("qkv", "o", "gate_up", "down")
 
 
@@ -72,7 +72,7 @@ def w8a8_latency_seed_vs_here(store: Store, figures: Path) -> Figure:
     table = here.pivot_table(index="batch", columns="precision", values="median_ms", aggfunc="min")
     seed = reference("w8a8_model")
     with _style():
-        sheet = _sheet(1, 2, height=4.7, gridspec_kw={"width_ratios": (1, 1.35)})
+        sheet = _sheet(1, 2, height=4.7, sharey=True, gridspec_kw={"width_ratios": (1, 1.5)})
         left, right = sheet.panels.flat
         published = {
             look: seed[seed["series"] == name]["value"].to_list()
@@ -80,10 +80,10 @@ def w8a8_latency_seed_vs_here(store: Store, figures: Path) -> Figure:
         }
         _bars(left, sorted(seed["tokens"].unique()), published, "{:.0f}")
         left.set_title("As published: source unknown")
-        _bars(right, table.index.to_list(), {BARS[p]: table[p].to_list() for p in BARS if p in table}, "{:.1f}")
+        _bars(right, table.index.to_list(), {BARS[p]: table[p].to_list() for p in BARS if p in table}, "{:.3g}")
         right.set_title(f"Here: {_gpu(here)}, Llama-3.1-8B shape, 16 tokens a sequence")
-        for precision in table:
-            sheet.note(BARS[precision].label, Patch(facecolor=BARS[precision].color))
+        for look in (look for precision, look in BARS.items() if precision in table):
+            sheet.note(look.label, Patch(facecolor=look.color))
         for axes in (left, right):
             axes.set_xlabel("Batch Size")
         left.set_ylabel("Latency (ms)")
@@ -100,7 +100,7 @@ def w8a8_latency_seed_vs_here(store: Store, figures: Path) -> Figure:
             figures,
             "w8a8_latency_seed_vs_here",
             title="Latency vs. Batch Size",
-            subtitle=f"One forward pass; here, times as fast as the faster FP16: {', '.join(ratios) or 'not measured'}",
+            subtitle=f"One forward pass. Here, times as fast as the faster FP16: {', '.join(ratios) or 'unknown'}",
             footer=["Left: source unknown, read off the picture by eye", f"Right: {describe(here)}"],
         )
 
@@ -108,17 +108,17 @@ def w8a8_latency_seed_vs_here(store: Store, figures: Path) -> Figure:
 def w8a8_speedup(store: Store, figures: Path) -> Figure:
     """Speed of 8-bit products relative to bf16 cuBLAS over the tokens, for each layer: ours and torch's."""
     frame = _rows(store, "w8a8", op="mm", model="llama-3-8b")
-    ms = frame.pivot_table(index=["layer", "m"], columns=["scheme", "impl"], values="median_ms")
+    ms = frame.pivot_table(index=["layer", "m"], columns=["scheme", "impl"], values="median_ms").sort_index(axis=1)
     if ("bf16", "torch") not in ms:
-        raise MissingRecord(f"{shown(store.path('w8a8'))} has no bf16 times to compare with: {EXPERIMENTS['w8a8'].how}")
+        raise MissingRecord(f"{shown(store.path('w8a8'))} has no bf16 times: {EXPERIMENTS['w8a8'].how}")
     ratio = ms.rdiv(ms["bf16", "torch"], axis=0)
     lines = {(scheme, impl): look for scheme, pair in SCHEMES.items()
              for impl, look in zip(("batch_invariant", "torch"), pair, strict=True)}  # fmt: skip
     lines["fp8", "torch_fast_accum"] = FAST
     layers = [layer for layer in MODEL_LAYERS if layer in ratio.index.get_level_values("layer")]
     with _style():
-        sheet = _sheet(-(-len(layers) // 2), min(len(layers), 2), height=1.9 + 2.1 * -(-len(layers) // 2), sharex=True,
-                       sharey=True)  # fmt: skip
+        rows = -(-len(layers) // 2)
+        sheet = _sheet(rows, min(len(layers), 2), height=1.9 + 2.1 * rows, sharex=True, sharey=True)
         for axes, layer in zip(sheet.panels.flat, layers, strict=False):
             for key, look in lines.items():
                 if key in ratio:
@@ -128,7 +128,7 @@ def w8a8_speedup(store: Store, figures: Path) -> Figure:
             axes.axhline(1, color=MUTED, linewidth=1, zorder=2)
             axes.set_title(f"{layer}, {n} × {k}")
             _token_axis(axes, frame["m"])
-            axes.set_ylim(bottom=0)
+        sheet.panels[0, 0].set_ylim(0, 1.08 * max(1.0, ratio[[key for key in lines if key in ratio]].max().max()))
         for axes in sheet.panels[:, 0]:
             axes.set_ylabel("times as fast as bf16")
         for axes in sheet.panels[:-1].flat:
@@ -140,13 +140,12 @@ def w8a8_speedup(store: Store, figures: Path) -> Figure:
             figures,
             "w8a8_speedup",
             title="8-bit products relative to bf16 cuBLAS",
-            subtitle="Layers of Llama-3-8B. torch._int_mm needs more than 16 rows and leaves int32; quantisers not included",
+            subtitle="Layers of Llama-3-8B, quantisers not included. torch._int_mm: more than 16 rows, int32 left",
             footer=[describe(frame)],
         )
 
 
 PROMOTED = (128, 256, 512, 0)
-ENDS = {"torch": SCHEMES["fp8"][1], "torch_fast_accum": FAST}
 MARKS = {"either sign": Look("random signs", BLUE, "o"), "all positive": Look("all positive", RED, "s")}
 
 
@@ -175,14 +174,15 @@ def w8a8_promotion(store: Store, figures: Path) -> Figure:
         left.set_title(f"Relative error of the fp32 result, K = {k}")
         ms = times.pivot_table(index=["layer", "m"], columns="impl", values="median_ms")
         points = ms.index[ms.index.get_level_values("m") >= 1024]
-        series = {f"promote_{p}": _interval(p) for p in PROMOTED} | {"torch": "torch", "torch_fast_accum": "torch, fast"}
+        series = {f"promote_{p}": _interval(p) for p in PROMOTED}
+        series |= {"torch": "torch", "torch_fast_accum": "torch, fast"}
         shown_as = [impl for impl in series if impl in ms]
         for at, (layer, m) in enumerate(points):
             look = Look(f"{layer}, {m} tokens", (BLUE, ORANGE, GREEN, RED)[at % 4], "os^D"[at % 4])
             tflops = [2.0 * m * _nk(times, layer) / ms.loc[(layer, m), impl] / 1e9 for impl in shown_as]
             _line(sheet, right, range(len(shown_as)), tflops, look, linestyle="")
         right.set_xticks(range(len(shown_as)), [series[impl] for impl in shown_as], fontsize=8.5)
-        right.set_ylim(bottom=0)
+        right.set_ylim(0, 1.08 * right.dataLim.ymax)
         right.yaxis.set_major_formatter(_plain)
         right.set_title("TFLOPS: ours by interval, and torch._scaled_mm")
         _tidy(sheet)
