@@ -32,7 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.matmul_hopper import GLUON_TYPES
+from kernels.matmul_hopper import GLUON_TYPES, wait_for_all_threads
 
 if TYPE_CHECKING:
     from kernels.attention import AttentionCall, AttentionSchedule
@@ -814,9 +814,9 @@ def _decode_attend(
                 mbarrier.arrive(q_empty.index(turn % 2))
                 turn += 1
             if chunks - first_chunk > 1:
-                gl.thread_barrier()
+                wait_for_all_threads()
                 if gl.atomic_add(done_ptr + tile, 1, sem="acq_rel") == jobs - 1:
-                    gl.thread_barrier()
+                    wait_for_all_threads()
                     _merge_all(
                         places, out, out_lse, chunks - first_chunk, q_first, head, own_q, stride_o_token,
                         stride_o_head,

@@ -159,7 +159,7 @@ def plan_attention(head_dim: int, itemsize: int) -> AttentionPlan:
 EXACT_K = (2**31 - 1) // 128**2
 """Most int8 products that an int32 holds the sum of, whatever their values: 131071. A product is at most 128^2."""
 
-PROMOTE_K = 512
+PROMOTE_K = 256
 """After how many e4m3 products their sum is added up in fp32. Hopper's tensor cores keep fewer bits than that."""
 
 PROMOTE_KS = (None, 128, 256, 512)

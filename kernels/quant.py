@@ -6,9 +6,10 @@
 Shapes: ``x`` is ``(..., K)``, ``q`` has its shape in ``torch.int8`` or ``torch.float8_e4m3fn``, ``scale`` is
 ``(...)`` in fp32. int8 never holds -128: both signs reach as far.
 
-Odd rows. Zeros stay zeros, with the smallest scale; so does whatever lies below half of that scale, which takes in
-all rows of fp32 denormals. A row with a NaN or an infinity gets a scale of NaN and zeros for ``q``: int8 could not
-carry a NaN, and through its scale alone all of the row's results are NaN and nobody else's.
+Odd rows. Zeros stay zeros, with the smallest scale. Rows of fp32 denormals get that scale as well, and what of them
+lies below half of the type's smallest step becomes zero. A row with a NaN or an infinity gets a scale of NaN and
+zeros for ``q``: int8 could not carry a NaN, and through its scale alone all of the row's results are NaN and nobody
+else's.
 
 Why it is batch-invariant: a row's scale comes from that row alone. A maximum is the same in any order, so rows have
 no reduction tree to keep, except where RMSNorm sums squares: that is the ``RowPlan`` of ``kernels/norm.py``. One

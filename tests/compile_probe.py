@@ -24,7 +24,7 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 
-from kernels import activation, attention, matmul, matmul_hopper, norm, quant, w8a8, w8a8_hopper
+from kernels import activation, attention, attention_hopper, matmul, matmul_hopper, norm, quant, w8a8, w8a8_hopper
 from kernels.plan import (
     HEAD_DIMS,
     AttentionPlan,
@@ -161,6 +161,51 @@ def attention_cases(target: str):
         yield f"{label}, {schedule}", *attention_case(schedule, plan, "bf16", paged)
 
 
+def gluon_case(kernel, boxes: dict[str, tuple[int, int]], constants: dict, pointers: dict[str, str]):
+    """A Gluon attention kernel: descriptors of ``boxes``, ``pointers`` (``None`` is a constant), integers elsewhere."""
+
+    def descriptor(box: tuple[int, int]) -> str:
+        layout = gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16)
+        return f"tensordesc<bf16[{box[0]}, {box[1]}],{layout!r}>"
+
+    names = kernel.arg_names
+    constants = {**constants, **{name: None for name, kind in pointers.items() if kind is None}}
+    arguments = dict.fromkeys(set(names) - set(constants), "i32") | {"scale_log2": "fp32"}
+    arguments |= {name: kind for name, kind in pointers.items() if kind} | {
+        n: descriptor(b) for n, b in boxes.items()
+    }
+    signature = {name: arguments.get(name, "constexpr") for name in names}
+    values = {(names.index(name),): value for name, value in constants.items()}
+    options = {"num_warps": constants["num_warps"], "enable_fp_fusion": False}
+    return GluonASTSource(kernel, signature, values, {}), options
+
+
+def attention_hopper_cases(target: str):
+    """Prefill and decode, plain and with everything at once: packed, paged, with a window and the log-sum-exp."""
+    for head_dim, full in itertools.product((64, 128), (False, True) if target == "sm_90" else ()):
+        plan, box = plan_attention(head_dim, 2), 16 if full else 128
+        ring = gl.NVMMASharedLayout.get_default_for([plan.block, head_dim], gl.bfloat16)
+        index = "*i32" if full else None
+        pointers = {"o_ptr": "*bf16", "lse_ptr": "*fp32" if full else None, "cu_q_ptr": index, "cu_k_ptr": None}
+        pointers |= {"kv_lens_ptr": index, "page_table_ptr": index}
+        constants = {"CAUSAL": True, "WINDOW": full, "VARLEN_Q": full, "VARLEN_K": False, "LENS": full, "PAGED": full}
+        constants |= {"HAS_LSE": full, "CHUNK": plan.chunk, "EARLY_CHUNK": plan.early_chunk, "EARLY": plan.early}
+        constants |= {"BLOCK_N": plan.block, "BOX": box, "HEAD_DIM": head_dim, "STAGES": 2, "RING_LAYOUT": ring}
+        constants |= {"num_warps": 4}
+        boxes = {"q_desc": (64, head_dim), "o_desc": (64, head_dim)}
+        boxes |= dict.fromkeys(("k_desc", "v_desc"), (box, head_dim))
+        rest = {"REST_LAYOUT": attention_hopper._rest_layout(head_dim)}
+        prefill = gluon_case(attention_hopper._attention_prefill_kernel, boxes, constants | rest, pointers)
+        yield f"attention specialised=True prefill of {head_dim}, {full=}", *prefill
+        del boxes["o_desc"]
+        pointers |= {"q_ptr": "*bf16", "partial_ptr": "*fp32", "done_ptr": "*i32"}
+        layout = gl.NVMMASharedLayout.get_default_for([plan.block, 16], gl.bfloat16)
+        few = {"GROUP": 4, "FINE": full, "ONE_QUERY": not full, "ROWS": 16, "USED": 4, "P_LAYOUT": layout}
+        boxes["q_desc"] = (16, head_dim)
+        decode = gluon_case(attention_hopper._attention_decode_kernel, boxes, constants | few, pointers)
+        yield f"attention specialised=True decode of {head_dim}, {full=}", *decode
+
+
 EIGHT_BIT = {True: "i8", False: "fp8e4nv"}
 """Triton's names of the operands: int8 (exact) or e4m3."""
 GLUON_NAMES = {"i8": "int8", "fp8e4nv": "float8e4nv"}
@@ -250,6 +295,7 @@ def cases(target: str):
         yield f"rms_norm {n}", *norm_case(norm._rms_norm_kernel, n, "bf16", **flags)
     yield "layer_norm 4096", *norm_case(norm._layer_norm_kernel, 4096, "fp16", HAS_WEIGHT=True, HAS_BIAS=True)
     yield from attention_cases(target)
+    yield from attention_hopper_cases(target)
     yield from w8a8_cases(target)
     tma, wgmma, sms = target in TMA_TARGETS, target == "sm_90", 132
     chosen = set()
@@ -272,7 +318,7 @@ def cases(target: str):
 
 
 def resources(binary, target: str) -> dict[str, int]:
-    """Registers a thread, bytes spilled to local memory, bytes of shared memory."""
+    """Registers a thread, spilled registers (AMD) or bytes of stack a thread (Nvidia), bytes of shared memory."""
     usage = {"shared": binary.metadata.shared}
     if target == "gfx942":
         text = binary.asm["amdgcn"]
@@ -285,7 +331,7 @@ def resources(binary, target: str) -> dict[str, int]:
         cubin.flush()
         text = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True).stdout
     usage["registers"] = int(re.search(r"REG:(\d+)", text).group(1))
-    usage["spills"] = int(re.search(r"LOCAL:(\d+)", text).group(1))
+    usage["stack"] = int(re.search(r"STACK:(\d+)", text).group(1))
     return usage
 
 

@@ -159,8 +159,63 @@ def attention_invariance_rows():
     return rows
 
 
+W8A8_LAYERS = {"qkv": (6144, 4096), "o": (4096, 4096), "gate_up": (28672, 4096), "down": (4096, 14336)}
+W8A8_SPEEDS = {
+    ("bf16", "torch", "bfloat16"): 1.0,
+    ("int8", "torch", "int8"): 1.02,
+    ("int8", "batch_invariant", "int8"): 1.8,
+    ("fp8", "torch", "float8_e4m3fn"): 1.7,
+    ("fp8", "torch_fast_accum", "float8_e4m3fn"): 1.95,
+    ("fp8", "batch_invariant", "float8_e4m3fn"): 1.75,
+}
+
+
+def w8a8_layer_rows():
+    rows = []
+    for (layer, (n, k)), m in product(W8A8_LAYERS.items(), (1, 16, 64, 128, 512, 1024, 2048, 8192)):
+        bf16 = max(2 * n * k / 4e9, 2 * m * n * k / 7.5e11)
+        for (scheme, impl, dtype), speed in W8A8_SPEEDS.items():
+            if (scheme, impl) != ("int8", "torch") or m > 16:
+                point = {"op": "mm", "impl": impl, "dtype": dtype, "model": "llama-3-8b", "layer": layer}
+                rows.append(point | {"scheme": scheme, "m": m, "n": n, "k": k} | times(bf16 / speed))
+    speeds = {"promote_128": 1.2, "promote_256": 1.28, "promote_512": 1.3, "promote_0": 1.37, "torch": 1.27}
+    for layer, m, (impl, pflops) in product(("gate_up", "down"), (1024, 8192), speeds.items()):
+        n, k = W8A8_LAYERS[layer]
+        point = {"op": "mm", "impl": impl, "dtype": "float8_e4m3fn", "model": "llama-3-8b-steps", "layer": layer}
+        rows.append(point | {"scheme": "fp8", "m": m, "n": n, "k": k} | times(2 * m * n * k / pflops / 1e12))
+    return rows
+
+
+def w8a8_error_rows():
+    found = {("either sign", 0): 2.9e-3, ("either sign", 512): 3.4e-4, ("either sign", 128): 1.3e-4}
+    found |= {("all positive", 0): 0.22, ("all positive", 512): 5.8e-3, ("all positive", 128): 5.5e-4}
+    point = {"op": "mm", "impl": "batch_invariant", "dtype": "float8_e4m3fn", "k": 14336}
+    return [{**point, "case": case, "promote_k": p, "error": error} for (case, p), error in found.items()]
+
+
+def w8a8_model_rows():
+    rows = []
+    precisions = {("torch", "fp16"): 1.0, ("batch_invariant", "fp16"): 1.03}
+    precisions |= {("batch_invariant", "w8a8_int8"): 0.57, ("batch_invariant", "w8a8_fp8"): 0.6}
+    for batch, ((impl, precision), share) in product((128, 256, 512, 1024), precisions.items()):
+        point = {"op": "forward", "impl": impl, "model": "llama-3.1-8b", "precision": precision, "batch": batch}
+        rows.append(point | times(0.36 * batch * share))
+    return rows
+
+
+def w8a8_accuracy_rows():
+    found = {("fp16", 0): 6e-4, ("fp16", 1): 6e-4, ("w8a8_int8", 0): 0.064, ("w8a8_int8", 1): 0.015}
+    found |= {("w8a8_fp8", 0): 0.048, ("w8a8_fp8", 1): 0.048}
+    point = {"op": "logits", "model": "llama-3.2-1b"}
+    return [{**point, "precision": p, "migrated": migrated, "error": e} for (p, migrated), e in found.items()]
+
+
 ROWS = {
     "attention": attention_rows,
+    "w8a8": w8a8_layer_rows,
+    "w8a8_error": w8a8_error_rows,
+    "w8a8_model": w8a8_model_rows,
+    "w8a8_accuracy": w8a8_accuracy_rows,
     "forward_latency": forward_rows,
     "generation": generation_rows,
     "rms_norm": norm_rows,
@@ -235,7 +290,8 @@ def test_every_chart_says_where_its_data_come_from(drawn):
     for name, figure in drawn.items():
         text = "\n".join(labels(figure))
         assert "NVIDIA H200 · torch 2.11.0 · triton 3.6.0 · " in text and "commit 0a1b2c" in text
-        assert ("arXiv 2601.17768" in text) == ("_seed_vs_here" in name)
+        assert ("by eye" in text) == ("_seed_vs_here" in name)
+        assert ("arXiv 2601.17768" in text) == ("_seed_vs_here" in name and "source unknown" not in text)
 
 
 def pinned(package):

@@ -1,4 +1,4 @@
-"""Every kernel compiles for GPUs that are not here, without spilling, within the shared memory of each."""
+"""Every kernel compiles for GPUs that are not here, with few spills, within the shared memory of each."""
 
 import json
 import os
@@ -10,6 +10,7 @@ import pytest
 from lab.device import ROOT
 
 SHARED_BYTES = {"sm_80": 163 * 1024, "sm_90": 227 * 1024, "sm_100": 227 * 1024, "gfx942": 64 * 1024}
+MOST_STACK = 1024  # bytes a thread; the most today are 792, in a 128 x 128 matmul tile for GPUs without TMA
 CONSUMER_BYTES = 99 * 1024  # Nvidia's 8.6, 8.9 and 12.0: what runs without TMA must fit there too
 
 
@@ -29,9 +30,10 @@ def test_all_families_compile(compiled):
     assert families == {"rms_norm", "layer_norm", "matmul", "attention"} | eight_bit
 
 
-def test_nothing_spills(compiled):
+def test_few_registers_are_spilled(compiled):
+    """None on AMD; on Nvidia the stack, which also holds what is spilled outside of loops, stays small."""
     _, kernels = compiled
-    assert not [kernel for kernel in kernels if kernel["spills"]]
+    assert not [kernel for kernel in kernels if kernel.get("spills", 0) or kernel.get("stack", 0) > MOST_STACK]
 
 
 def test_shared_memory_fits(compiled):

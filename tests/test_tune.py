@@ -5,7 +5,7 @@ import json
 import pytest
 
 from kernels import tuned
-from kernels.matmul import SHARED_BYTES, MatmulSchedule, choose_schedule, estimate_us, specialised_schedule
+from kernels.matmul import SHARED_BYTES, THIN, MatmulSchedule, choose_schedule, estimate_us, specialised_schedule
 from kernels.plan import plan_matmul
 from lab.tune import (
     MODELS,
@@ -150,5 +150,7 @@ def test_a_tuned_schedule_comes_before_the_default(monkeypatch):
                                                              "num_warps": 4, "num_stages": 3})  # fmt: skip
     plan = plan_matmul(64, 32, 2)
     choose_schedule.cache_clear()
-    assert choose_schedule(1, 64, plan, 2, True, 132, True, "this one") == MatmulSchedule(16, 32, 64, 4, 3)
-    assert choose_schedule(1, 64, plan, 2, True, 132, True) != MatmulSchedule(16, 32, 64, 4, 3)
+    found = MatmulSchedule(16, 32, 64, 4, 3)
+    assert choose_schedule(THIN + 1, 64, plan, 2, True, 132, True, "this one") == found
+    assert choose_schedule(THIN + 1, 64, plan, 2, True, 132, True) != found
+    assert choose_schedule(THIN, 64, plan, 2, True, 132, True, "this one") != found
