@@ -170,10 +170,10 @@ def choose_schedule(
 ) -> MatmulSchedule:
     """The schedule for ``m`` rows and ``n`` columns.
 
-    Beyond ``THIN`` rows, what a tuner has found fastest for this shape on the GPU called ``gpu``, if it has. Otherwise:
-    with few rows the weight's bytes are the cost, so thin tiles with the weight on the left and a deep pipeline. With
-    many, the tensor cores' time is: of the large tiles, the one whose last wave of programs leaves the fewest SMs
-    idle, on Hopper by the estimate.
+    Beyond ``THIN`` rows, what a tuner has found fastest for this shape on the GPU called ``gpu``, if it has.
+    Otherwise: with few rows the weight's bytes are the cost, so thin tiles with the weight on the left and a deep
+    pipeline. With many, the tensor cores' time is: of the large tiles, the one whose last wave of programs leaves
+    the fewest SMs idle, on Hopper by the estimate.
 
     Args:
         tma: whether both operands can be loaded through TMA descriptors.
@@ -181,8 +181,8 @@ def choose_schedule(
         specialised: whether Hopper's specialised kernel may be used.
         gpu: its name, as torch gives it; ``None`` for the defaults alone.
     """
-    # Held to a dozen variants for a model, a search gives up the thin tiles for larger batches. Seen on an H200: 0.98 of
-    # cuBLAS's speed for 1 to 4 rows, where thin tiles reach 1.06.
+    # Held to a dozen variants for a model, a search gives up the thin tiles for larger batches. Seen on an
+    # H200: 0.98 of cuBLAS's speed for 1 to 4 rows, where thin tiles reach 1.06.
     tune = specialised and gpu is not None and m > THIN
     if tune and (found := tuned.find(gpu, n, plan.k, m)) is not None:
         return MatmulSchedule(**found)

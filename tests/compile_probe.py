@@ -162,7 +162,7 @@ def attention_cases(target: str):
 
 
 def gluon_case(kernel, boxes: dict[str, tuple[int, int]], constants: dict, pointers: dict[str, str]):
-    """A Gluon attention kernel: descriptors of ``boxes``, ``pointers`` (``None`` is a constant), integers elsewhere."""
+    """A Gluon attention kernel: descriptors of ``boxes``, ``pointers`` (``None``: a constant), integers elsewhere."""
 
     def descriptor(box: tuple[int, int]) -> str:
         layout = gl.NVMMASharedLayout.get_default_for(list(box), gl.bfloat16)
@@ -171,9 +171,8 @@ def gluon_case(kernel, boxes: dict[str, tuple[int, int]], constants: dict, point
     names = kernel.arg_names
     constants = {**constants, **{name: None for name, kind in pointers.items() if kind is None}}
     arguments = dict.fromkeys(set(names) - set(constants), "i32") | {"scale_log2": "fp32"}
-    arguments |= {name: kind for name, kind in pointers.items() if kind} | {
-        n: descriptor(b) for n, b in boxes.items()
-    }
+    arguments |= {name: kind for name, kind in pointers.items() if kind}
+    arguments |= {name: descriptor(box) for name, box in boxes.items()}
     signature = {name: arguments.get(name, "constexpr") for name in names}
     values = {(names.index(name),): value for name, value in constants.items()}
     options = {"num_warps": constants["num_warps"], "enable_fp_fusion": False}

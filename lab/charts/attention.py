@@ -289,13 +289,12 @@ def attention_bits(store: Store, figures: Path) -> Figure:
                     ends[impl] = here["share"].iloc[-1], said, look.color
             height = -1.0
             for share, said, color in sorted(ends.values()):
-                height = max(
-                    share + 0.03, height + 0.06
-                )  # counts of lines that end close together lie above each other
+                # Counts of lines that end close together lie above each other.
+                height = max(share + 0.03, height + 0.06)
                 place = int(rows["keys"].max()), height
                 axes.annotate(said, place, ha="right", va="bottom", fontsize=8.5, color=color)
             _token_axis(axes, rows["keys"], label="Keys that a token sees, at most", step=1)
-        sheet.panels[0, 0].set_ylim(-0.03, 1.1)
+        sheet.panels[0, 0].set_ylim(-0.03, 1.2)  # room for two counts above 100 %
         sheet.panels[0, 0].set_yticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
         _tidy(sheet)
         return _finish(

@@ -9,6 +9,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.patches import Patch
+from matplotlib.ticker import LogLocator, NullLocator
 
 from lab.charts import (
     BLUE,
@@ -18,6 +19,7 @@ from lab.charts import (
     MUTED,
     ORANGE,
     SEED_FOOTER,
+    SKY,
     Look,
     Sheet,
     _copy_rate,
@@ -39,6 +41,7 @@ from lab.records import Store, describe, reference
 OURS = Look("This collection (invariant)", BLUE, "o")
 STOCK = Look("Stock operators (torch)", ORANGE, "^", "--")
 LOOKS = {"torch": STOCK, "batch_invariant": OURS}
+PUBLISHED = Look("Published system (stock kernels)", SKY, "s")
 FLOOR = Look("Floor: weights / memory bandwidth", INK, "", ":")
 
 CHANGING_LOAD, STEADY = "changing load", "steady"
@@ -61,9 +64,9 @@ def forward_latency_seed_vs_here(store: Store, figures: Path) -> Figure:
     seed = reference("forward_latency").assign(impl="seed")
     looks = _model_looks(here["impl"])
     with _style():
-        sheet = _sheet(1, 3, height=4.5, sharey=True)
+        sheet = _sheet(1, 3, height=4.7, sharey=True)
         published, *measured = sheet.panels.flat
-        _filled(sheet, published, seed["tokens"], seed["value"], OURS, note=False)
+        _filled(sheet, published, seed["tokens"], seed["value"], PUBLISHED)
         published.set_title("As published: NVIDIA H100, eager")
         headings = {0: f"Here: {_gpu(here)}, eager", 1: f"Here: {_gpu(here)}, CUDA graph"}
         for axes, (graph, heading) in zip(measured, headings.items(), strict=True):
@@ -90,14 +93,15 @@ def forward_latency_seed_vs_here(store: Store, figures: Path) -> Figure:
             "forward_latency_seed_vs_here",
             title="Latency per Token vs. Number of Tokens",
             subtitle=f"One forward pass of Llama-3.1-8B, one sequence, {_dtype_name(here)}: its time over its tokens",
-            footer=[SEED_FOOTER, f"Right: {describe(here) if copy is None else describe(here, copy)}"],
+            legend_columns=2,
+            footer=[SEED_FOOTER, f"Middle and right: {describe(here) if copy is None else describe(here, copy)}"],
         )
 
 
-def _filled(sheet: Sheet, axes: Axes, x: list[int], y: list[float], look: Look, note: bool = True) -> None:
+def _filled(sheet: Sheet, axes: Axes, x: list[int], y: list[float], look: Look) -> None:
     """A line with the area below it in a light green, as the published chart has it."""
     axes.fill_between(x, y, color=GREEN, alpha=0.15, linewidth=0)
-    _line(sheet if note else Sheet(sheet.figure, sheet.panels), axes, x, y, look)
+    _line(sheet, axes, x, y, look)
 
 
 # --------------------------------------------------------------------------------------------- completions
@@ -127,7 +131,7 @@ def completions(store: Store, figures: Path) -> Figure:
         left.xaxis.set_major_formatter(_plain)
         left.set_xlim(0.8, 6 * max(frame["unique_completions"].max(), 10))
         left.set_title("Different completions (the most of any prompt)")
-        right.set_xlim(0, 1.3)
+        right.set_xlim(0, 1.22)
         right.set_xticks([0, 0.25, 0.5, 0.75, 1], ["0", "25 %", "50 %", "75 %", "100 %"])
         right.set_title("Tokens that all have in common (the least of any prompt)")
         for axes in (left, right):
@@ -146,7 +150,8 @@ def completions(store: Store, figures: Path) -> Figure:
 
 def _bar(axes: Axes, y: float, value: float, said: str, look: Look) -> None:
     axes.barh(y, value, height=0.32, color=look.color)
-    axes.annotate(said, (value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5)
+    axes.annotate(said, (value, y), xytext=(4, 0), textcoords="offset points", va="center", fontsize=8.5,
+                  bbox={"facecolor": "white", "edgecolor": "none", "pad": 1})  # fmt: skip
 
 
 def _load(frame: pd.DataFrame, model: str) -> str:
@@ -169,6 +174,8 @@ def tokens_per_s(store: Store, figures: Path) -> Figure:
                 if impl in rates:
                     _line(sheet, speed, rates.index.to_list(), rates[impl].to_list(), look)
             speed.set_yscale("log")
+            speed.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            speed.yaxis.set_minor_locator(NullLocator())
             speed.yaxis.set_major_formatter(_plain)
             speed.set_title(f"{model}: tokens per second")
             ratio.set_title("this collection relative to stock operators")
@@ -177,7 +184,8 @@ def tokens_per_s(store: Store, figures: Path) -> Figure:
                 share = (rates["batch_invariant"] / rates["torch"]).dropna()
                 _line(sheet, ratio, share.index.to_list(), share.to_list(), OURS)
                 for x, y in share.items():
-                    ratio.annotate(f"{y:.2f}", (x, y), xytext=(0, -14), textcoords="offset points", ha="center",
+                    off = 8 if y >= 1 else -14  # away from the line at 1
+                    ratio.annotate(f"{y:.2f}", (x, y), xytext=(0, off), textcoords="offset points", ha="center",
                                    fontsize=8.5)  # fmt: skip
             ratio.set_ylim(0, max(1.25, 1.2 * (max(ratio.get_lines()[-1].get_ydata()))))
         for axes in sheet.panels.flat:
