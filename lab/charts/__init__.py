@@ -201,6 +201,8 @@ def _finish(
     figure.set_layout_engine("constrained", rect=(0.005, bottom * inch, 0.985, 1 - (top + bottom) * inch))
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # both files, and the notebook, get the layout that was just made
+    for axes in figure.axes:  # rounded: the solver's last digits vary, and names inside an SVG follow them
+        axes.set_position([round(number, 6) for number in axes.get_position().bounds])
     _save(figure, figures, name)
     return figure
 
@@ -209,7 +211,6 @@ def _save(figure: Figure, figures: Path, name: str) -> None:
     """Writes both files whole, without the date, which would change the bytes each time."""
     figures = Path(figures)
     figures.mkdir(parents=True, exist_ok=True)
-    _settle(figure)
     vector = io.BytesIO()
     figure.savefig(vector, format="svg", metadata={"Date": None})
     for suffix, content in ((".svg", vector.getvalue()), (".png", small_png(figure))):
@@ -219,14 +220,6 @@ def _save(figure: Figure, figures: Path, name: str) -> None:
             os.replace(temporary, figures / f"{name}{suffix}")
         finally:
             temporary.unlink(missing_ok=True)
-
-
-def _settle(figure: Figure) -> None:
-    """Lay the figure out once, and round: the solver's last digits vary from run to run, and SVG names follow them."""
-    figure.draw_without_rendering()
-    figure.set_layout_engine("none")
-    for axes in figure.axes:
-        axes.set_position([round(number, 6) for number in axes.get_position().bounds])
 
 
 def small_png(figure: Figure, **options: object) -> bytes:
