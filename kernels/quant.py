@@ -208,6 +208,28 @@ def _outputs(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -
     return q, torch.empty(shape[:-1], dtype=torch.float32, device=device)
 
 
+def _quantise(
+    kernel, rows: torch.Tensor, n: int, shape: tuple[int, ...], dtype: torch.dtype, schedule: NormSchedule | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Launch ``kernel`` on ``rows``, each of which gives ``n`` 8-bit numbers and a scale; results of ``shape``."""
+    plan = plan_row(n)
+    q, scale = _outputs(shape, dtype, rows.device)
+    schedule = schedule or choose_schedule(plan)
+    if len(rows):
+        kernel[(len(rows),)](
+            rows,
+            q,
+            scale,
+            rows.stride(0),
+            n,
+            **_eight_bits(dtype),
+            WIDTH=plan.width,
+            num_warps=schedule.num_warps,
+            enable_fp_fusion=False,
+        )
+    return q, scale
+
+
 def per_token_quant(
     x: torch.Tensor, dtype: torch.dtype = torch.int8, *, schedule: NormSchedule | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -227,23 +249,7 @@ def per_token_quant(
     """
     rows = _rows("x", x)
     check_eight_bits("dtype", dtype, x.device)
-    m, n = rows.shape
-    plan = plan_row(n)
-    q, scale = _outputs(x.shape, dtype, x.device)
-    schedule = schedule or choose_schedule(plan)
-    if m:
-        _per_token_quant_kernel[(m,)](
-            rows,
-            q,
-            scale,
-            rows.stride(0),
-            n,
-            **_eight_bits(dtype),
-            WIDTH=plan.width,
-            num_warps=schedule.num_warps,
-            enable_fp_fusion=False,
-        )
-    return q, scale
+    return _quantise(_per_token_quant_kernel, rows, x.shape[-1], x.shape, dtype, schedule)
 
 
 def rms_norm_per_token_quant(
@@ -324,23 +330,8 @@ def silu_mul_per_token_quant(
     """
     rows = gate_up_rows(gate_up)
     check_eight_bits("dtype", dtype, gate_up.device)
-    m, n = rows.shape[0], rows.shape[1] // 2
-    plan = plan_row(n)
-    q, scale = _outputs((*gate_up.shape[:-1], n), dtype, gate_up.device)
-    schedule = schedule or choose_schedule(plan)
-    if m:
-        _silu_mul_per_token_quant_kernel[(m,)](
-            rows,
-            q,
-            scale,
-            rows.stride(0),
-            n,
-            **_eight_bits(dtype),
-            WIDTH=plan.width,
-            num_warps=schedule.num_warps,
-            enable_fp_fusion=False,
-        )
-    return q, scale
+    n = rows.shape[1] // 2
+    return _quantise(_silu_mul_per_token_quant_kernel, rows, n, (*gate_up.shape[:-1], n), dtype, schedule)
 
 
 def check_scale_values(name: str, scale: torch.Tensor) -> None:
