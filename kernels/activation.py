@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import check_float
+from kernels.launch import launch, remembers
 
 BLOCK = 2048
 """Columns of one program: 16 bytes of 16-bit values a thread, twice, with 4 warps."""
@@ -55,6 +56,7 @@ def gate_up_rows(gate_up: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
+@remembers
 def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     """``silu(gate) * up``, rounded once.
 
@@ -73,7 +75,7 @@ def silu_mul(gate_up: torch.Tensor) -> torch.Tensor:
     y = torch.empty(*gate_up.shape[:-1], n, dtype=gate_up.dtype, device=gate_up.device)
     if m:
         grid = (m * triton.cdiv(n, BLOCK),)
-        _silu_mul_kernel[grid](rows, y, rows.stride(0), n, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
+        launch(_silu_mul_kernel, grid, rows, y, rows.stride(0), n, BLOCK=BLOCK, num_warps=4, enable_fp_fusion=False)
     return y
 
 

@@ -50,7 +50,8 @@ import triton
 import triton.language as tl
 
 from kernels.checks import check_like, check_shape
-from kernels.matmul import finished_counters, has_wgmma, sm_count
+from kernels.launch import finished_counters, launch, remembers, scratch
+from kernels.matmul import has_wgmma, sm_count
 from kernels.plan import AttentionPlan, plan_attention
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -668,6 +669,7 @@ def _check_starts(
         raise ValueError(f"{most_name}={most} is below the longest sequence of {name}, {longest}")
 
 
+@remembers
 def attention(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -724,6 +726,7 @@ def attention(
     return out if lse is None else (out, lse)
 
 
+@remembers
 def attention_varlen(
     q: torch.Tensor,
     k: torch.Tensor,
@@ -774,6 +777,7 @@ def attention_varlen(
     return out if lse is None else (out, lse)
 
 
+@remembers
 def attention_paged(
     q: torch.Tensor,
     k_cache: torch.Tensor,
@@ -969,10 +973,11 @@ def _launch_pointers(call: AttentionCall, plan: AttentionPlan, schedule: Attenti
     else:
         rows = programs * slots * part_rows
         part_m, part_l, part_acc = (
-            torch.empty(rows * width, dtype=torch.float32, device=q.device)
-            for width in (1, plan.lanes, plan.head_dim)
+            scratch(rows * width, q.device) for width in (1, plan.lanes, plan.head_dim)
         )
-    _attention_kernel[(programs * slots,)](
+    launch(
+        _attention_kernel,
+        (programs * slots,),
         q,
         k,
         v,

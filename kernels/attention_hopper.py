@@ -32,6 +32,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.launch import launch, scratch
 from kernels.matmul_hopper import GLUON_TYPES, wait_for_all_threads
 
 if TYPE_CHECKING:
@@ -546,7 +547,8 @@ def prefill(call: AttentionCall, plan: AttentionPlan, schedule: AttentionSchedul
     v_desc, _ = _rows(v, box, call.cu_k)
     o_desc, o_rows = _rows(out, HALF.value, call.cu_q)
     q_tiles = -(-call.q_len // (2 * HALF.value))
-    _attention_prefill_kernel[(min(sms, q_tiles * call.batch * heads_q),)](
+    launch(
+        _attention_prefill_kernel, (min(sms, q_tiles * call.batch * heads_q),),
         q_desc, k_desc, v_desc, o_desc, out, lse, call.cu_q, call.cu_k, call.kv_lens, page_table,
         0 if page_table is None else page_table.stride(0), *q_rows, *k_rows, *o_rows,
         *_lse_strides(call), call.q_len, call.kv_len, heads_q, call.heads_kv, call.batch,
@@ -956,9 +958,10 @@ def decode(
     most_chunks = max(plan.chunks(call.kv_len), 1)
     most_jobs = most_chunks if schedule.split else max(-(-call.kv_len // plan.chunk), 1)
     tiles = call.batch * call.heads_kv
-    partial = torch.empty(tiles * most_chunks * used * (head_dim + 16), dtype=torch.float32, device=q.device)
+    partial = scratch(tiles * most_chunks * used * (head_dim + 16), q.device)
     stride_q, stride_o = (0 if call.cu_q is not None else x.stride(0) for x in (q, out))
-    _attention_decode_kernel[(min(sms, tiles * most_jobs),)](
+    launch(
+        _attention_decode_kernel, (min(sms, tiles * most_jobs),),
         q, q_desc, k_desc, v_desc, out, lse, partial, counters, call.cu_q, call.cu_k, call.kv_lens, page_table,
         0 if page_table is None else page_table.stride(0), stride_q, *q.stride()[1:3], stride_o, *out.stride()[1:3],
         *_lse_strides(call), step // head_dim, *k_rows, call.q_len, call.kv_len,

@@ -17,8 +17,6 @@ programming model.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -29,6 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tuned
 from kernels.checks import FLOATS, check_float, check_like, check_shape
+from kernels.launch import finished_counters, launch, remembers, scratch
 from kernels.plan import MatmulPlan, plan_matmul
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -50,6 +49,8 @@ class MatmulSchedule:
     relay: specialised, and the last rounds are dealt out in equal shares of K steps: a tile that one program begins,
         another may finish. Where the plan has chunks, only together with ``split``.
     group_m: tiles of this many row blocks are visited together, so that they share weights in L2.
+    ragged: specialised and swapped, neither split nor in relay, and only one tile of a column has the tail: see
+        ``row_blocks``.
     tail_m, tail_n: a specialised tile is ``block_m + tail_m`` high (if it is swapped) or ``block_n + tail_n`` wide
         (if it is not), because a power of two often does not divide the work evenly among the SMs.
     """
@@ -64,6 +65,7 @@ class MatmulSchedule:
     split: bool = False
     specialised: bool = False
     relay: bool = False
+    ragged: bool = False
     group_m: int = 8
     tail_m: int = 0
     tail_n: int = 0
@@ -73,10 +75,25 @@ class MatmulSchedule:
         """Rows and columns of ``c`` that one program computes at a time."""
         return self.block_m + self.tail_m, self.block_n + self.tail_n
 
+    def row_blocks(self, m: int) -> int:
+        """Into how many blocks ``m`` rows are cut.
+
+        A ragged schedule cuts them into blocks of ``block_m`` while more than the tail remains. If something remains
+        then, one block computes that too. If not, the last block moves back inside the matrix, as all others do.
+        """
+        if self.ragged:
+            return triton.cdiv(max(m - self.tail_m, 1), self.block_m)
+        return triton.cdiv(m, self.tile[0])
+
+    def tiles(self, m: int, n: int) -> int:
+        """How many tiles cover ``m`` rows and ``n`` columns."""
+        return self.row_blocks(m) * triton.cdiv(n, self.tile[1])
+
     def fits(self, plan: MatmulPlan) -> bool:
         """Whether a thread has registers for this tile: twice as many where chunks are added up in turn.
 
-        And whether there are chunks to split, and what a relay hands over is one sum, not one of several chunks.
+        More to spare, for addresses, where sums leave through memory. And whether there are chunks to split, and what
+        a relay hands over is one sum, not one of several chunks.
         """
         if self.specialised and self.split and plan.chunks == 1:
             return False
@@ -84,7 +101,16 @@ class MatmulSchedule:
             return False
         rows, columns = self.tile
         sums = 2 if plan.chunks > 1 and not self.split else 1
-        return sums * rows * columns <= 192 * 32 * self.num_warps
+        most = 128 if self.split or self.relay else 192
+        return sums * rows * columns <= most * 32 * self.num_warps
+
+
+def _clocks(width: int) -> float:
+    """Clocks of one ``wgmma``, 64 by ``width`` by 16: half a column, or until its operands are there.
+
+    They arrive from shared memory at 128 bytes a clock: that takes longer below 64 columns.
+    """
+    return max(width / 2, 16 + width / 4)
 
 
 # Schedules for many rows, each with its share of the tensor cores' rate while all SMs are busy (H200, bf16).
@@ -103,7 +129,14 @@ SHARED_BYTES = 227 * 1024
 
 
 def specialised_schedule(
-    left: int, right: int, tail: int = 0, *, swap: bool = False, split: bool = False, relay: bool = False
+    left: int,
+    right: int,
+    tail: int = 0,
+    *,
+    swap: bool = False,
+    split: bool = False,
+    relay: bool = False,
+    ragged: bool = False,
 ) -> MatmulSchedule | None:
     """The specialised schedule of a tile, its pipeline as deep as shared memory allows; ``None`` if under 3 steps.
 
@@ -117,7 +150,7 @@ def specialised_schedule(
     if stages < 3:
         return None
     warps = 4 if left == 64 else 8
-    options = {"swap": swap, "specialised": True, "split": split, "relay": relay}
+    options = {"swap": swap, "specialised": True, "split": split, "relay": relay, "ragged": ragged}
     if swap:
         return MatmulSchedule(right, left, block_k, warps, stages, tail_m=tail, **options)
     return MatmulSchedule(left, right, block_k, warps, stages, tail_n=tail, **options)
@@ -128,28 +161,36 @@ COMMON_TILES += ((128, 128, 64), (128, 256, 0))
 """Left, right and tail of the specialised tiles that serve most shapes: a model should not need many variants."""
 
 SPECIALISED = tuple(specialised_schedule(*tile, split=split) for split in (False, True) for tile in COMMON_TILES)
+SPECIALISED += tuple(specialised_schedule(64, right, 16, swap=True, ragged=True) for right in (128, 256))
+SPECIALISED += (specialised_schedule(64, 256, 64),)
 
 
 def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms: int = 132) -> float:
     """Microseconds that a specialised schedule should take on an H200; on another Hopper the order should be alike.
 
-    A tile is a left side in blocks of 64 by a right side in one or two parts. For 16 elements along K, the tensor
-    cores take half a clock for a column of each part, or as long as its two operands take to arrive from shared
-    memory at 96 bytes a clock: that is longer below 128 columns, and why a tail costs more than its width. L2
-    delivers 64 bytes a clock. Sums in fp32 travel at 16. All that overlaps with the bytes from memory, but not quite.
+    A tile is a left side in blocks of 64 by a right side in one or two parts, of which each takes its ``_clocks`` for
+    16 elements along K: that is why a tail costs more than its width. L2 delivers 84 bytes a clock. Sums in fp32
+    travel at 16. The clock is that of tensor cores under load, 1450 MHz: a chip that multiplies without pause slows
+    down. All that overlaps with the bytes from memory, but not quite.
     """
     rows, columns = schedule.tile
     left, wide = (columns, rows) if schedule.swap else (rows, columns)
     tail = schedule.tail_m or schedule.tail_n
-    parts = sum(max(part / 2, (2048 + 32 * part) / 96) for part in (wide - tail, tail) if part)
-    clocks = max(left / 64 * parts, (left + wide) / 2)
+    plain, heavy = (
+        max(left / 64 * sum(map(_clocks, filter(None, sides))), (left + sum(sides)) * 32 / 84)
+        for sides in ((wide - tail,), (wide - tail, tail))
+    )
     chunks = plan.chunks if schedule.split else 1
-    jobs = triton.cdiv(m, rows) * triton.cdiv(n, columns) * chunks
+    jobs = schedule.tiles(m, n) * chunks
     handed_over = schedule.relay and jobs > sms
     rounds = jobs / sms if handed_over else triton.cdiv(jobs, sms)
-    busy = rounds * (clocks * plan.k / chunks / 16 + left * wide / 32)
+    tails = rounds
+    if schedule.ragged:  # if there are any, a program meets one in as many rounds as a column has tiles
+        blocks = schedule.row_blocks(m)
+        tails = triton.cdiv(rounds, blocks) * (m > blocks * schedule.block_m)
+    busy = (rounds * plain + tails * (heavy - plain)) * plan.k / chunks / 16 + rounds * left * wide / 32
     busy += left * wide / 4 * (2 * handed_over + (rounds + chunks) * (chunks > 1))  # sums written, and read again
-    bills = busy / 1700, 2 * (m * plan.k + n * plan.k + m * n) / 4.2e6
+    bills = busy / 1450, 2 * (m * plan.k + n * plan.k + m * n) / 4.2e6
     return max(bills) + min(bills) / 4 + 2 + 2 * (chunks > 1)
 
 
@@ -194,10 +235,7 @@ def choose_schedule(
             return MatmulSchedule(max(16, triton.next_power_of_2(m)), 64, 64, 4, stages, swap=True)
         return MatmulSchedule(64, 64, 64, 4, stages) if m <= 64 else MatmulSchedule(128, 128, 32, 8, stages)
     if m <= THIN or (m <= 64 and plan.chunks > 1):
-        block_m = max(16, triton.next_power_of_2(m))
-        block_n, block_k, stages = (128, 128, 4) if n >= 128 * sms else (64, 256, 4) if m <= THIN else (64, 128, 6)
-        split = plan.chunks > 1
-        return MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True, split=split)
+        return _choose_thin(m, n, plan, sms, specialised)
 
     if specialised:
         return min((s for s in SPECIALISED if s.fits(plan)), key=lambda s: estimate_us(m, n, plan, s, sms))
@@ -208,6 +246,21 @@ def choose_schedule(
         return waves * schedule.block_m * schedule.block_n / rate
 
     return min((tile for tile in PERSISTENT_TILES if tile[0].fits(plan)), key=cost)[0]
+
+
+def _choose_thin(m: int, n: int, plan: MatmulPlan, sms: int, specialised: bool) -> MatmulSchedule:
+    """The weight on the left, in tiles that give the busiest program the fewest columns; the wider of two that do.
+
+    The wide one by the specialised kernel, if it may be used. Seen on an H200 for 28672 columns: 1.08 of cuBLAS's
+    speed, where the plain one has 1.01. For the narrow one it makes no difference.
+    """
+    block_m, split = max(16, triton.next_power_of_2(m)), plan.chunks > 1
+    jobs = {width: triton.cdiv(n, width) * plan.chunks for width in (128, 64)}
+    block_n = min(jobs, key=lambda width: triton.cdiv(jobs[width], sms) * width)
+    if block_n == 128 and specialised:
+        return specialised_schedule(block_n, block_m, swap=True, split=split)
+    block_k, stages = (128, 4) if block_n == 128 else (256, 4) if m <= THIN else (128, 6)
+    return MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True, split=split)
 
 
 def _choose_fp32(m: int, plan: MatmulPlan, tma: bool, stages: int) -> MatmulSchedule:
@@ -523,6 +576,7 @@ def _descriptor(x: torch.Tensor, block: tuple[int, int]) -> tuple[TensorDescript
     return TensorDescriptor(x.t(), list(x.t().shape), list(x.t().stride()), list(block[::-1])), False
 
 
+@remembers
 def matmul(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -645,7 +699,7 @@ def _product(a, b, bias, alpha, beta, precision, out_dtype, out, schedule) -> to
     (m, k), n = a.shape, b.shape[1]
     plan = plan_matmul(n, k, a.element_size(), precision)
     c = _output((m, n), a, b, bias, out_dtype, out)
-    plain = alpha == beta == 1.0 and (bias is None or bias.stride(0) == 0)
+    plain = alpha == beta == 1.0 and (bias is None or m == 1 or bias.stride(0) == 0)
     # Columns past a multiple of 16 break up the stores of a large tile, whose staging then outgrows shared memory.
     tma = plain and has_tma(a.device) and k > 0 and n % 16 == 0 and descriptor_fits(a) and descriptor_fits(b)
     k_major = a.stride(1) == 1 and b.stride(0) == 1
@@ -665,6 +719,8 @@ def _product(a, b, bias, alpha, beta, precision, out_dtype, out, schedule) -> to
         )
     if schedule.relay and plan.chunks > 1 and not schedule.split:
         raise ValueError(f"schedule={schedule} hands over one sum, and {plan} has several: split them")
+    if schedule.ragged and (schedule.split or schedule.relay or not schedule.swap):
+        raise ValueError(f"schedule={schedule} is ragged, so it must be swapped, and neither split nor in relay")
     if m and n:
         _launch(a, b, bias, alpha, beta, c, plan, schedule)
     return c
@@ -697,42 +753,6 @@ def _batched(a, b, bias, precision, out_dtype) -> torch.Tensor:
     return c.view(*leading, m, n)
 
 
-FINISHED_COUNTERS = 1 << 22
-_counters: dict[torch.device, list] = {}
-
-
-def finished_counters(tiles: int, device: torch.device) -> torch.Tensor | None:
-    """Zeros that a launch whose programs wait for each other counts in (see its kernel); it leaves zeros behind.
-
-    Two launches that run at once must not share them. An eager call takes fresh ones. Inside a CUDA graph that would
-    be one more kernel at every replay, so each captured call keeps its own stretch of a reserve that an eager call
-    set up before. ``None`` if there is no reserve, or no more of it: take the chunks in turn then, for the same bits.
-    """
-    if not torch.cuda.is_available() or not torch.cuda.is_current_stream_capturing():
-        if device.type == "cuda" and device not in _counters:
-            _counters[device] = [torch.zeros(FINISHED_COUNTERS, dtype=torch.int32, device=device), 0]
-        return torch.zeros(tiles, dtype=torch.int32, device=device)
-    reserve, used = _counters.get(device, (None, FINISHED_COUNTERS))
-    if used + tiles > FINISHED_COUNTERS:
-        return None
-    _counters[device][1] = used + tiles
-    return reserve[used : used + tiles]
-
-
-@contextmanager
-def borrowed_counters() -> Iterator[None]:
-    """Takes back, at the end, the counters of graphs captured within. They must not be replayed after that.
-
-    For whoever captures thousands of launches and throws the graphs away, such as a tuner.
-    """
-    used = {device: entry[1] for device, entry in _counters.items()}
-    try:
-        yield
-    finally:
-        for device, entry in _counters.items():
-            entry[1] = used.get(device, 0)
-
-
 def _options(plan: MatmulPlan, schedule: MatmulSchedule, bias: torch.Tensor | None) -> dict:
     return {
         "HAS_BIAS": bias is not None,
@@ -752,7 +772,9 @@ def _launch_pointers(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: Mat
     """``a`` (batch, M, K), ``b`` (batch, K, N), ``c`` (batch, M, N), ``bias`` ``None`` or (M, N)."""
     (count, m, k), n = a.shape, b.shape[2]
     tiles = triton.cdiv(m, schedule.block_m) * triton.cdiv(n, schedule.block_n)
-    _matmul_kernel[(tiles, count)](
+    launch(
+        _matmul_kernel,
+        (tiles, count),
         a,
         b,
         bias,
@@ -781,8 +803,7 @@ def _launch(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: MatmulSchedu
     if not (schedule.persistent or schedule.specialised):
         _launch_pointers(a[None], b[None], bias, alpha, beta, c[None], plan, schedule)
         return
-    rows, columns = schedule.tile
-    tiles = triton.cdiv(m, rows) * triton.cdiv(n, columns)
+    tiles = schedule.tiles(m, n)
     sms = sm_count(a.device)
     options, sizes = _options(plan, schedule, bias), (m, n, k, plan.chunk_k)
     bias = None if bias is None else bias[0].contiguous()
@@ -797,7 +818,7 @@ def _launch(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: MatmulSchedu
             if counters is None:
                 schedule = replace(schedule, split=False, relay=False)
             else:
-                partial = torch.empty(sums, dtype=torch.float32, device=a.device)
+                partial = scratch(sums, a.device)
         if counters is None:
             programs = min(sms, tiles)
         matmul_hopper.launch(a, b, bias, c, plan, schedule, programs, partial, counters)
@@ -807,13 +828,15 @@ def _launch(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: MatmulSchedu
     options["B_K_MAJOR"] = not b_n_major
     counters = finished_counters(tiles, a.device) if schedule.split else None
     if counters is not None:
-        partial = torch.empty(tiles * plan.chunks * rows * columns, dtype=torch.float32, device=a.device)
+        partial = scratch(tiles * plan.chunks * math.prod(schedule.tile), a.device)
         grid = (min(sms, tiles * plan.chunks),)
-        _matmul_split_kernel[grid](a_desc, b_desc, bias, c, partial, counters, *sizes, c.stride(0), **options)
+        launch(_matmul_split_kernel, grid, a_desc, b_desc, bias, c, partial, counters, *sizes, c.stride(0), **options)
     else:
         flatten = schedule.block_m >= 128 and plan.chunks == 1
         grid = (min(sms, tiles),)
-        _matmul_persistent_kernel[grid](a_desc, b_desc, bias, c, *sizes, c.stride(0), FLATTEN=flatten, **options)
+        launch(
+            _matmul_persistent_kernel, grid, a_desc, b_desc, bias, c, *sizes, c.stride(0), FLATTEN=flatten, **options
+        )
 
 
 # --------------------------------------------------------------------------------------------- references

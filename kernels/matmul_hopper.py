@@ -9,6 +9,8 @@ The plan is ``kernels/matmul.py``'s and so are the bits; only the schedule is fi
   width of 192 an output of 6144 columns and 512 rows is exactly one round of work for 128 of an H200's 132 SMs, where
   128 leaves half of the second round idle and 256 a quarter of the only one. Swapped, the tokens are the right
   operand, and 777 of them are five times 160.
+* If *ragged*, only one tile of each column of tiles has the tail: 777 tokens are three times 256, and 9 more that any
+  of the three can take along. It is another one from round to round, so that no program meets all the tails.
 * A *relay* leaves no SM idle in the last round: what remains is dealt out in equal shares of K steps, so that some
   tiles are begun by one program and finished by another, which takes over the accumulator as it is, all 32 bits of
   it. Whoever begins a tile does so first of all, whoever finishes it does so last: nobody waits.
@@ -24,8 +26,9 @@ bindings are those of Triton's Gluon.
 
 from __future__ import annotations
 
+import math
+
 import torch
-import triton
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -36,6 +39,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from kernels.launch import launch as launch_kernel
 
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -121,16 +126,49 @@ def _stretch(job, first, last, K, chunk_k, CHUNKS: gl.constexpr, SPLIT: gl.const
 
 
 @gluon.jit
+def _row_blocks(M, RIGHT: gl.constexpr, TAIL: gl.constexpr):
+    """Into how many blocks M rows are cut if RAGGED, as ``row_blocks`` in ``kernels/matmul.py`` has it."""
+    return (max(M - TAIL, 1) + RIGHT - 1) // RIGHT
+
+
+@gluon.jit
 def _jobs_and_steps(
     M, N, K, chunk_k,
-    CHUNKS: gl.constexpr, SPLIT: gl.constexpr, TILE_M: gl.constexpr, TILE_N: gl.constexpr, BLOCK_K: gl.constexpr,
+    CHUNKS: gl.constexpr, SPLIT: gl.constexpr, SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
+    TAIL: gl.constexpr, RAGGED: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Jobs of the launch (tiles, or chunks of tiles), and the K steps of each."""
-    tiles = ((M + TILE_M - 1) // TILE_M) * ((N + TILE_N - 1) // TILE_N)
+    TILE_M: gl.constexpr = RIGHT + TAIL if SWAP else LEFT
+    TILE_N: gl.constexpr = LEFT if SWAP else RIGHT + TAIL
+    blocks_m = (M + TILE_M - 1) // TILE_M
+    if RAGGED:
+        blocks_m = _row_blocks(M, RIGHT, TAIL)
+    tiles = blocks_m * ((N + TILE_N - 1) // TILE_N)
     if SPLIT:
         return tiles * CHUNKS, (min(chunk_k, K) + BLOCK_K - 1) // BLOCK_K
     else:
         return tiles, (K + BLOCK_K - 1) // BLOCK_K
+
+
+@gluon.jit
+def _place(
+    tile, M, N,
+    SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, RAGGED: gl.constexpr,
+    GROUP_M: gl.constexpr,
+):  # fmt: skip
+    """First row and first column of a tile, the same of its tail, and whether it has one."""
+    if RAGGED:
+        blocks = _row_blocks(M, RIGHT, TAIL)
+        column = tile // blocks
+        bearer = column * blocks // gl.num_programs(0) % blocks  # of the tail: another one from round to round
+        start_m = min(tile % blocks * RIGHT, max(M - RIGHT, 0))
+        start_n = min(column * LEFT, max(N - LEFT, 0))
+        return start_m, start_n, M - TAIL, start_n, (blocks * RIGHT < M) & (tile % blocks == bearer)
+    else:
+        TILE_M: gl.constexpr = RIGHT + TAIL if SWAP else LEFT
+        TILE_N: gl.constexpr = LEFT if SWAP else RIGHT + TAIL
+        start_m, start_n = tile_start(tile, M, N, TILE_M, TILE_N, GROUP_M)
+        return start_m, start_n, start_m + RIGHT * SWAP, start_n + RIGHT * (not SWAP), True  # known when compiling
 
 
 @gluon.jit
@@ -154,37 +192,43 @@ def _produce(
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
     TAIL: gl.constexpr,
+    RAGGED: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
 ):
-    WIDE: gl.constexpr = RIGHT + TAIL
-    TILE_M: gl.constexpr = WIDE if SWAP else LEFT
-    TILE_N: gl.constexpr = LEFT if SWAP else WIDE
-    STEP_BYTES: gl.constexpr = (LEFT + WIDE) * BLOCK_K * 2
-    jobs, steps = _jobs_and_steps(M, N, K, chunk_k, CHUNKS, SPLIT, TILE_M, TILE_N, BLOCK_K)
+    BYTES: gl.constexpr = (LEFT + RIGHT) * BLOCK_K * 2
+    TAIL_BYTES: gl.constexpr = TAIL * BLOCK_K * 2
+    jobs, steps = _jobs_and_steps(M, N, K, chunk_k, CHUNKS, SPLIT, SWAP, LEFT, RIGHT, TAIL, RAGGED, BLOCK_K)
     turn, rounds, begin, end = _shares(jobs, steps, RELAY)
     step = 0
     for index in range(_pieces(rounds, begin, end, steps, RELAY)):
         job, first, last = _piece(index, turn, rounds, begin, end, steps, RELAY)
         tile, _chunk, start_k, end_k = _stretch(job, first, last, K, chunk_k, CHUNKS, SPLIT, BLOCK_K)
-        start_m, start_n = tile_start(tile, M, N, TILE_M, TILE_N, GROUP_M)
+        start_m, start_n, tail_m, tail_n, tailed = _place(tile, M, N, SWAP, LEFT, RIGHT, TAIL, RAGGED, GROUP_M)
         if SWAP:
             start_left = start_n
             start_right = start_m
+            start_tail = tail_m
         else:
             start_left = start_m
             start_right = start_n
+            start_tail = tail_n
         for k in range(start_k, end_k, BLOCK_K):
             slot = step % STAGES
             # A fresh barrier counts as having completed the phase before its first: the first lap does not wait.
             mbarrier.wait(empty.index(slot), (step // STAGES + 1) & 1)
             arrived = full.index(slot)
-            mbarrier.expect(arrived, STEP_BYTES)
+            if tailed:
+                mbarrier.expect(arrived, BYTES + TAIL_BYTES)
+            else:
+                mbarrier.expect(arrived, BYTES)
             tma.async_copy_global_to_shared(left_desc, [start_left, k], arrived, left_ring.index(slot))
             tma.async_copy_global_to_shared(right_desc, [start_right, k], arrived, right_ring.index(slot))
             if TAIL > 0:
-                tma.async_copy_global_to_shared(tail_desc, [start_right + RIGHT, k], arrived, tail_ring.index(slot))
+                tma.async_copy_global_to_shared(
+                    tail_desc, [start_tail, k], arrived, tail_ring.index(slot), pred=tailed
+                )
             step += 1
 
 
@@ -210,6 +254,33 @@ def _add_up(sums_ptr, apart, CHUNKS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: 
     for later in gl.static_range(1, CHUNKS):
         total += gl.load(sums_at(sums_ptr + later * apart, ROWS, COLUMNS, LAYOUT), cache_modifier=".cg")
     return total
+
+
+@gluon.jit
+def _multiply(
+    acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring, full, empty,
+    TAIL: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """Add K steps to ``acc`` and, if TAIL, to ``tail``, and give their buffers back."""
+    for k in range(start_k, end_k, BLOCK_K):
+        slot = step % STAGES
+        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+        left = left_ring.index(slot)
+        acc = warpgroup_mma(left, right_ring.index(slot).permute((1, 0)), acc, is_async=True)
+        # One step stays in flight, so that the tensor cores never run dry; the one before it has finished.
+        if TAIL > 0:
+            tail = warpgroup_mma(left, tail_ring.index(slot).permute((1, 0)), tail, is_async=True)
+            acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
+        else:
+            acc = warpgroup_mma_wait(1, deps=(acc,))
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > start_k)
+        step += 1
+    if TAIL > 0:
+        acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
+    else:
+        acc = warpgroup_mma_wait(0, deps=(acc,))
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=start_k < end_k)
+    return acc, tail, step
 
 
 @gluon.jit
@@ -255,18 +326,17 @@ def _consume(
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
     TAIL: gl.constexpr,
+    RAGGED: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
     NUM_WARPS: gl.constexpr,
 ):
     WIDE: gl.constexpr = RIGHT + TAIL
-    TILE_M: gl.constexpr = WIDE if SWAP else LEFT
-    TILE_N: gl.constexpr = LEFT if SWAP else WIDE
     TURNS: gl.constexpr = 1 if SPLIT else CHUNKS
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, RIGHT, 16])
     TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, max(TAIL, 8), 16])
-    jobs, steps = _jobs_and_steps(M, N, K, chunk_k, CHUNKS, SPLIT, TILE_M, TILE_N, BLOCK_K)
+    jobs, steps = _jobs_and_steps(M, N, K, chunk_k, CHUNKS, SPLIT, SWAP, LEFT, RIGHT, TAIL, RAGGED, BLOCK_K)
     turn, rounds, begin, end = _shares(jobs, steps, RELAY)
     relay_ptr = partial_ptr  # of sums handed over; the sums of chunks lie behind them
     chunk_ptr = partial_ptr
@@ -276,9 +346,7 @@ def _consume(
     for index in range(_pieces(rounds, begin, end, steps, RELAY)):
         job, first, last = _piece(index, turn, rounds, begin, end, steps, RELAY)
         tile, chunk, start_k, end_k = _stretch(job, first, last, K, chunk_k, CHUNKS, SPLIT, BLOCK_K)
-        start_m, start_n = tile_start(tile, M, N, TILE_M, TILE_N, GROUP_M)
-        tail_m = start_m + RIGHT * SWAP
-        tail_n = start_n + RIGHT * (not SWAP)
+        start_m, start_n, tail_m, tail_n, tailed = _place(tile, M, N, SWAP, LEFT, RIGHT, TAIL, RAGGED, GROUP_M)
         for in_turn in gl.static_range(TURNS):
             if RELAY:
                 going_on = first > 0  # from the sums of the program that began this job
@@ -288,43 +356,30 @@ def _consume(
                 next_ptr = relay_ptr + (turn + 1) * (LEFT * WIDE)
                 # Loads that are masked out, not a branch around them: ptxas would put wgmma in single file.
                 acc = _take_over(next_ptr, going_on, LEFT, RIGHT, LAYOUT)
+                tail = gl.zeros((LEFT, max(TAIL, 8)), gl.float32, TAIL_LAYOUT)
                 if TAIL > 0:
                     tail = _take_over(next_ptr + LEFT * RIGHT, going_on, LEFT, TAIL, TAIL_LAYOUT)
                 if going_on:
                     gl.store(done_ptr + turn + 1, 0)  # as the next launch wants to find it
             else:
                 acc = gl.zeros((LEFT, RIGHT), gl.float32, LAYOUT)
-                if TAIL > 0:
-                    tail = gl.zeros((LEFT, TAIL), gl.float32, TAIL_LAYOUT)
+                tail = gl.zeros((LEFT, max(TAIL, 8)), gl.float32, TAIL_LAYOUT)
             if TURNS > 1:
                 start_k = in_turn * chunk_k
                 end_k = min(start_k + chunk_k, K)
-            for k in range(start_k, end_k, BLOCK_K):
-                slot = step % STAGES
-                mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-                left = left_ring.index(slot)
-                acc = warpgroup_mma(left, right_ring.index(slot).permute((1, 0)), acc, is_async=True)
-                # One step stays in flight, so that the tensor cores never run dry; the one before it has finished.
-                if TAIL > 0:
-                    tail = warpgroup_mma(left, tail_ring.index(slot).permute((1, 0)), tail, is_async=True)
-                    acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
-                else:
-                    acc = warpgroup_mma_wait(1, deps=(acc,))
-                mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > start_k)
-                step += 1
-            if TAIL > 0:
-                acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
+            # Two loops, each of which waits for its own: ptxas keeps wgmma in flight across no branch.
+            if tailed:
+                acc, tail, step = _multiply(acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring,
+                                            full, empty, TAIL, BLOCK_K, STAGES)  # fmt: skip
             else:
-                acc = warpgroup_mma_wait(0, deps=(acc,))
-            mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=start_k < end_k)
+                acc, tail, step = _multiply(acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring,
+                                            full, empty, 0, BLOCK_K, STAGES)  # fmt: skip
             if in_turn == 0:
                 total = acc
-                if TAIL > 0:
-                    total_tail = tail
+                total_tail = tail
             else:
                 total += acc
-                if TAIL > 0:
-                    total_tail += tail
+                total_tail += tail
         complete = last == steps
         if RELAY:  # noqa: SIM102 - known when compiling, the other is not
             if not complete:  # another program goes on from here
@@ -354,8 +409,9 @@ def _consume(
         elif complete:
             tma.store_wait(0)  # the tile before may still be on its way out of the staging buffer
             _store(c_desc, c_tile, total, bias_ptr, start_m, start_n, N, HAS_BIAS, SWAP)
-            if TAIL > 0:
-                _store(c_tail_desc, c_tail, total_tail, bias_ptr, tail_m, tail_n, N, HAS_BIAS, SWAP)
+            if TAIL > 0:  # noqa: SIM102 - known when compiling, the other is not
+                if tailed:
+                    _store(c_tail_desc, c_tail, total_tail, bias_ptr, tail_m, tail_n, N, HAS_BIAS, SWAP)
     tma.store_wait(0)
 
 
@@ -381,6 +437,7 @@ def _matmul_specialised_kernel(
     LEFT: gl.constexpr,
     RIGHT: gl.constexpr,
     TAIL: gl.constexpr,
+    RAGGED: gl.constexpr,
     BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr,
     GROUP_M: gl.constexpr,
@@ -406,9 +463,9 @@ def _matmul_specialised_kernel(
         [
             (_consume, (c_desc, c_tail_desc, bias_ptr, partial_ptr, done_ptr, left_ring, right_ring, tail_ring,
                         c_tile, c_tail, full, empty, M, N, K, chunk_k, HAS_BIAS, CHUNKS, SPLIT, RELAY, SWAP,
-                        LEFT, RIGHT, TAIL, BLOCK_K, STAGES, GROUP_M, num_warps)),
+                        LEFT, RIGHT, TAIL, RAGGED, BLOCK_K, STAGES, GROUP_M, num_warps)),
             (_produce, (left_desc, right_desc, tail_desc, left_ring, right_ring, tail_ring, full, empty, M, N, K,
-                        chunk_k, CHUNKS, SPLIT, RELAY, SWAP, LEFT, RIGHT, TAIL, BLOCK_K, STAGES, GROUP_M)),
+                        chunk_k, CHUNKS, SPLIT, RELAY, SWAP, LEFT, RIGHT, TAIL, RAGGED, BLOCK_K, STAGES, GROUP_M)),
         ],
         [1],  # warps of the producer
         [40],  # registers a thread of it; the consumers take what it leaves
@@ -443,7 +500,9 @@ def launch(
     left, right, wide, tail = (weight, a, s.block_m, s.tail_m) if s.swap else (a, weight, s.block_n, s.tail_n)
     tall = s.block_n if s.swap else s.block_m
     block, tail_block = ((wide, tall), (tail or wide, tall)) if s.swap else ((tall, wide), (tall, tail or wide))
-    _matmul_specialised_kernel[(programs,)](
+    launch_kernel(
+        _matmul_specialised_kernel,
+        (programs,),
         _descriptor(left, tall, s.block_k),
         _descriptor(right, wide, s.block_k),
         _descriptor(right, tail or wide, s.block_k),
@@ -464,6 +523,7 @@ def launch(
         LEFT=tall,
         RIGHT=wide,
         TAIL=tail,
+        RAGGED=s.ragged,
         BLOCK_K=s.block_k,
         STAGES=s.num_stages,
         GROUP_M=s.group_m,
@@ -473,7 +533,6 @@ def launch(
 
 def scratch(m: int, n: int, plan, schedule, programs: int) -> tuple[int, int]:
     """How many fp32 sums and how many counters a launch needs room for: of relays first, then of chunks."""
-    rows, columns = schedule.tile
-    tiles = triton.cdiv(m, rows) * triton.cdiv(n, columns)
+    tiles = schedule.tiles(m, n)
     sums = programs * schedule.relay + tiles * plan.chunks * schedule.split
-    return sums * rows * columns, programs * schedule.relay + tiles * schedule.split
+    return sums * math.prod(schedule.tile), programs * schedule.relay + tiles * schedule.split

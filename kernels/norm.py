@@ -23,6 +23,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import check_float, check_like, check_shape
+from kernels.launch import launch, remembers
 from kernels.plan import RowPlan, plan_row
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -154,6 +155,7 @@ def _vector(name: str, v: torch.Tensor | None, x: torch.Tensor) -> torch.Tensor 
     return v.contiguous()
 
 
+@remembers
 def rms_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -191,7 +193,9 @@ def rms_norm(
         summed = torch.empty_like(y)
     schedule = schedule or choose_schedule(plan)
     if m:
-        _rms_norm_kernel[(m,)](
+        launch(
+            _rms_norm_kernel,
+            (m,),
             x_rows,
             residual_rows,
             weight,
@@ -213,6 +217,7 @@ def rms_norm(
     return y if residual is None else (y, summed)
 
 
+@remembers
 def layer_norm(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -244,7 +249,9 @@ def layer_norm(
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     schedule = schedule or choose_schedule(plan)
     if m:
-        _layer_norm_kernel[(m,)](
+        launch(
+            _layer_norm_kernel,
+            (m,),
             x_rows,
             weight,
             bias,

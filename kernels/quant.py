@@ -31,6 +31,7 @@ import triton.language as tl
 
 from kernels.activation import gate_up_rows, silu_product
 from kernels.checks import check_float, check_like, check_shape
+from kernels.launch import launch, remembers
 from kernels.norm import NormSchedule, _rows, _vector, choose_schedule, tree_sum
 from kernels.plan import plan_row
 
@@ -216,7 +217,9 @@ def _quantise(
     q, scale = _outputs(shape, dtype, rows.device)
     schedule = schedule or choose_schedule(plan)
     if len(rows):
-        kernel[(len(rows),)](
+        launch(
+            kernel,
+            (len(rows),),
             rows,
             q,
             scale,
@@ -230,6 +233,7 @@ def _quantise(
     return q, scale
 
 
+@remembers
 def per_token_quant(
     x: torch.Tensor, dtype: torch.dtype = torch.int8, *, schedule: NormSchedule | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -252,6 +256,7 @@ def per_token_quant(
     return _quantise(_per_token_quant_kernel, rows, x.shape[-1], x.shape, dtype, schedule)
 
 
+@remembers
 def rms_norm_per_token_quant(
     x: torch.Tensor,
     weight: torch.Tensor | None = None,
@@ -288,7 +293,9 @@ def rms_norm_per_token_quant(
         summed = torch.empty_like(x, memory_format=torch.contiguous_format)
     schedule = schedule or choose_schedule(plan)
     if m:
-        _rms_norm_per_token_quant_kernel[(m,)](
+        launch(
+            _rms_norm_per_token_quant_kernel,
+            (m,),
             rows,
             residual_rows,
             weight,
@@ -311,6 +318,7 @@ def rms_norm_per_token_quant(
     return (q, scale) if residual is None else (q, scale, summed)
 
 
+@remembers
 def silu_mul_per_token_quant(
     gate_up: torch.Tensor, dtype: torch.dtype = torch.int8, *, schedule: NormSchedule | None = None
 ) -> tuple[torch.Tensor, torch.Tensor]:

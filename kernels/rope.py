@@ -27,6 +27,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import check_float, check_like, check_shape
+from kernels.launch import launch, remembers
 
 # -------------------------------------------------------------------------------------------- frequencies
 
@@ -173,6 +174,7 @@ def _check_cache(name: str, cache: torch.Tensor, qkv: torch.Tensor, head_dim: in
     return cache.shape[2]
 
 
+@remembers
 def rope_to_cache(
     qkv: torch.Tensor,
     table: torch.Tensor,
@@ -232,7 +234,9 @@ def rope_to_cache(
     heads_q = qkv.shape[1] // head_dim - 2 * heads_kv
     q = torch.empty(len(qkv), heads_q, head_dim, dtype=qkv.dtype, device=qkv.device)
     if len(qkv):
-        _rope_kernel[(len(qkv) * triton.cdiv(heads_q + 2 * heads_kv, schedule.heads),)](
+        launch(
+            _rope_kernel,
+            (len(qkv) * triton.cdiv(heads_q + 2 * heads_kv, schedule.heads),),
             qkv,
             table,
             positions,

@@ -24,7 +24,8 @@ import triton
 import triton.language as tl
 
 from kernels.checks import FLOATS, check_float, check_shape
-from kernels.matmul import descriptor_fits, finished_counters, has_wgmma, sm_count, start_of, tile_of
+from kernels.launch import finished_counters, launch, remembers
+from kernels.matmul import descriptor_fits, has_wgmma, sm_count, start_of, tile_of
 from kernels.plan import W8A8Plan, plan_w8a8
 from kernels.quant import check_eight_bits, check_scale_values
 
@@ -275,6 +276,11 @@ def _output(shape: tuple[int, int], a, b, dtype: torch.dtype, out: torch.Tensor 
     return out
 
 
+def _look(a, b, scale_a, scale_b, *others, **options) -> None:
+    _check_once("scale_b", scale_b)
+
+
+@remembers(every_time=_look)
 def w8a8_matmul(
     a: torch.Tensor,
     b: torch.Tensor,
@@ -356,7 +362,9 @@ def _launch(a, b, scale_a, scale_b, bias, c, plan: W8A8Plan, schedule: W8A8Sched
                 schedule = replace(schedule, split=1)
         w8a8_hopper.launch(a, b, scale_a, scale_b, bias, c, plan, schedule, counters, sm_count(a.device))
         return
-    _w8a8_kernel[(tiles,)](
+    launch(
+        _w8a8_kernel,
+        (tiles,),
         a,
         b,
         scale_a,

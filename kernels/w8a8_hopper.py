@@ -36,6 +36,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.launch import launch as launch_kernel
+from kernels.launch import scratch
 from kernels.matmul_hopper import sums_at, tile_start, wait_for_all_threads
 
 GLUON_TYPES = {
@@ -551,11 +553,13 @@ def launch(a, b, scale_a, scale_b, bias, c, plan, schedule, counters: torch.Tens
     partial = None
     if options["SPLIT"] > 1:
         sums = tiles * rows * columns * triton.cdiv(k, stretch_k)
-        partial = torch.empty(sums, dtype=torch.int32 if plan.exact else torch.float32, device=a.device)
+        partial = scratch(sums, a.device, torch.int32 if plan.exact else torch.float32)
     weight = b.t()
     left, right = (weight, a) if schedule.swap else (a, weight)
     matrices = {"left_desc": left, "right_desc": right, "tail_desc": right, "c_desc": c, "c_tail_desc": c}
-    _w8a8_specialised_kernel[(min(sms, tiles * options["SPLIT"]),)](
+    launch_kernel(
+        _w8a8_specialised_kernel,
+        (min(sms, tiles * options["SPLIT"]),),
         *(_descriptor(x, *boxes[name]) for name, x in matrices.items()),
         scale_a,
         scale_b,

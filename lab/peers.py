@@ -83,6 +83,34 @@ def single_tile(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     return c
 
 
+REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
+
+
+def mm_without_split_k(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """``torch.mm`` through cuBLASLt, which may not cut K: what serving engines ask of the closed library.
+
+    ``a`` is ``(M, K)``, ``b`` is ``(K, N)``, 16-bit. PyTorch's settings are as before afterwards. Unlike the process
+    that ``lab.cublaslt`` starts, this one leaves the library its workspace.
+
+    Raises:
+        RuntimeError, TypeError: cuBLASLt has no such algorithm for these operands; this torch cannot ask for it.
+    """
+    settings = torch.backends.cuda.matmul
+    before = {name: (getattr(settings, name), getattr(settings, f"{name}_split_k", True)) for name in REDUCTIONS}
+    library = torch.backends.cuda.preferred_blas_library()
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the choice of a library is experimental
+            torch.backends.cuda.preferred_blas_library("cublaslt")
+        for name in REDUCTIONS:
+            setattr(settings, name, (False, False))  # no reduction in 16 bits; no split along K at all
+        return torch.mm(a, b)
+    finally:
+        for name, value in before.items():
+            setattr(settings, name, value)
+        torch.backends.cuda.preferred_blas_library(library)
+
+
 # -------------------------------------------------------------------------------------------------- norm
 
 # A row is divided among the threads of one block. How many threads that is decides who adds what to what:

@@ -127,7 +127,7 @@ EXPERIMENTS = _table(
         ("rows_differing", "largest_difference", "kl"),
         lesson="11",
     ),
-    Experiment("digests", ("op", "dtype", "precision", "case", "m", "n", "k"), ("digest",), lesson="04"),
+    Experiment("digests", ("op", "dtype", "precision", "case", "m", "n", "k"), ("digest",), lesson="05"),
     Experiment("counters", ("op", "impl", "dtype", "m", "n", "k", "counter"), ("reading",), lesson="05"),
     Experiment("tests", ("suite",), ("passed", "failed", "skipped")),
 )

@@ -10,7 +10,7 @@ from itertools import cycle
 
 import torch
 
-from kernels.matmul import borrowed_counters
+from kernels.launch import borrowed_counters
 from lab.device import Device, Preset
 
 RING_CALLS = 256

@@ -52,7 +52,7 @@ TENSOR_PARALLEL = (1, 2, 4, 8)
 VARIANTS = 12
 """Most different kernels for one model on one number of GPUs; a schedule counts once for each number of chunks."""
 FINALISTS = 3
-TOKENS = (16, 32, 64, 112, 128, 192, 256, 384, 512, 640, 800, 1024, 1536, 2048, 4096, 8192)
+TOKENS = (16, 32, 64, 112, 128, 192, 256, 384, 512, 640, 777, 1024, 1536, 2048, 4096, 8192)
 """Batches that are tuned; one in between runs as the next larger one does, so they lie close where tiles are few."""
 
 Variant = tuple[int, MatmulSchedule]
@@ -83,22 +83,27 @@ def thin_schedules(m: int, plan: MatmulPlan) -> Iterator[MatmulSchedule]:
 
 
 WIDTHS = ((16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32))
-WIDTHS += ((128, 0), (128, 16), (128, 32), (128, 64), (256, 0))
+WIDTHS += ((128, 0), (128, 16), (128, 32), (128, 64), (256, 0), (256, 32), (256, 64))
 """Right sides of a specialised tile, and their tails."""
+RAGGED_WIDTHS = ((128, 16), (128, 32), (256, 16), (256, 32))
+"""The same of a ragged one, whose left side is 64."""
 
 
 def specialised_schedules(plan: MatmulPlan) -> Iterator[MatmulSchedule]:
     """Every specialised schedule that ``plan`` allows."""
     flags = product((False, True), (False, True)[: 1 + (plan.chunks > 1)], (False, True))
-    for swap, split, relay in flags:
-        for left, (right, tail) in product((64, 128, 256), WIDTHS):
-            if left * (right + tail) <= 128 * 256 and (swap or right + tail >= 32):
-                found = specialised_schedule(left, right, tail, swap=swap, split=split, relay=relay)
-                if found is not None and found.fits(plan):
-                    yield found
+    for (swap, split, relay), left, (right, tail) in product(flags, (64, 128, 256), WIDTHS):
+        if left * right <= 128 * 256 and (swap or right + tail >= 32):
+            found = specialised_schedule(left, right, tail, swap=swap, split=split, relay=relay)
+            if found is not None and found.fits(plan):
+                yield found
+    for right, tail in RAGGED_WIDTHS:
+        found = specialised_schedule(64, right, tail, swap=True, ragged=True)
+        if found.fits(plan):
+            yield found
 
 
-def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 7) -> list[MatmulSchedule]:
+def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 6) -> list[MatmulSchedule]:
     """Schedules worth trying for ``m`` rows under ``plan``: common ones, and the ``most`` promising of all others.
 
     Of the common ones those that may come near; of relays, which seldom win, three where one should.
@@ -114,7 +119,7 @@ def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 7) -> 
         best = min(us for us, _, s in ranked if not s.relay)
         found += [s for _, _, s in ranked if not s.relay][:most]
         found += [s for us, _, s in ranked if s.relay and us < 0.95 * best][:3]
-        found += [s for us, _, s in ranked if s in SPECIALISED and us <= 1.3 * best]
+        found += [s for us, _, s in ranked if s in SPECIALISED and us <= 1.2 * best]
     elif m > 32:
         found += [s for s, _ in PERSISTENT_TILES if s.block_m <= 2 * m]
     return [s for s in dict.fromkeys(found) if s.fits(plan)]

@@ -88,7 +88,7 @@ def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
     arguments |= {"M": "i32", "N": "i32", "K": "i32", "chunk_k": "i32", "bias_ptr": "*bf16"}
     constants = {"CHUNKS": plan.chunks, "HAS_BIAS": True, "SPLIT": s.split, "RELAY": s.relay, "SWAP": s.swap}
     constants |= {"LEFT": left, "RIGHT": right, "TAIL": tail, "BLOCK_K": s.block_k, "STAGES": s.num_stages}
-    constants |= {"GROUP_M": s.group_m, "num_warps": s.num_warps}
+    constants |= {"RAGGED": s.ragged, "GROUP_M": s.group_m, "num_warps": s.num_warps}
     if s.split or s.relay:
         arguments |= {"partial_ptr": "*fp32", "done_ptr": "*i32"}
     else:
@@ -180,7 +180,9 @@ def gluon_case(kernel, boxes: dict[str, tuple[int, int]], constants: dict, point
 
 
 def attention_hopper_cases(target: str):
-    """Prefill and decode, plain and with everything at once: packed, paged, with a window and the log-sum-exp."""
+    """Prefill and decode, plain and with everything at once: packed, paged, with a window and the log-sum-exp. Decode
+    by single chunks and by more, up to the most rows that a program merges chunks of.
+    """
     for head_dim, full in itertools.product((64, 128), (False, True) if target == "sm_90" else ()):
         plan, box = plan_attention(head_dim, 2), 16 if full else 128
         ring = gl.NVMMASharedLayout.get_default_for([plan.block, head_dim], gl.bfloat16)
@@ -198,11 +200,13 @@ def attention_hopper_cases(target: str):
         yield f"attention specialised=True prefill of {head_dim}, {full=}", *prefill
         del boxes["o_desc"]
         pointers |= {"q_ptr": "*bf16", "partial_ptr": "*fp32", "done_ptr": "*i32"}
-        layout = gl.NVMMASharedLayout.get_default_for([plan.block, 16], gl.bfloat16)
-        few = {"GROUP": 4, "FINE": full, "ONE_QUERY": not full, "ROWS": 16, "USED": 4, "P_LAYOUT": layout}
-        boxes["q_desc"] = (16, head_dim)
-        decode = gluon_case(attention_hopper._attention_decode_kernel, boxes, constants | few, pointers)
-        yield f"attention specialised=True decode of {head_dim}, {full=}", *decode
+        most = attention.MOST_MERGING_ROWS
+        for fine, rows, used in ((False, 16, 4), (True, 16, 4), (False, most, most)):
+            layout = gl.NVMMASharedLayout.get_default_for([plan.block, rows], gl.bfloat16)
+            few = {"GROUP": 4, "FINE": fine, "ONE_QUERY": not full, "ROWS": rows, "USED": used, "P_LAYOUT": layout}
+            boxes["q_desc"] = (rows, head_dim)
+            decode = gluon_case(attention_hopper._attention_decode_kernel, boxes, constants | few, pointers)
+            yield f"attention specialised=True decode of {head_dim}, {full=}, {fine=}, {rows=}", *decode
 
 
 EIGHT_BIT = {True: "i8", False: "fp8e4nv"}
@@ -311,6 +315,12 @@ def cases(target: str):
         plan = plan_matmul(n, 4096, 2)
         if schedule.fits(plan):
             chosen.add((schedule, plan, "bf16"))
+    for tile, ragged in (((64, 256, 16), True), ((64, 256, 64), False))[: 2 * wgmma]:
+        for n in (1280, 4096):
+            plan = plan_matmul(n, 4096, 2)
+            schedule = matmul.specialised_schedule(*tile, swap=ragged, ragged=ragged)
+            if schedule.fits(plan):
+                chosen.add((schedule, plan, "bf16"))
     for schedule, plan, dtype in sorted(chosen, key=repr):
         label = f"matmul {dtype} {plan.precision}, {plan.chunks} chunks, {schedule}"
         yield label, *matmul_case(schedule, plan, dtype)

@@ -6,6 +6,7 @@ import pytest
 import torch
 
 import kernels  # noqa: F401 - first, so that Triton interprets on a machine without a GPU
+from kernels import launch
 from lab.device import ROOT, current_device
 from lab.records import Store
 
@@ -36,6 +37,14 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "gpu" in item.keywords:
             item.add_marker(no_gpu)
+
+
+@pytest.fixture(autouse=True)
+def nothing_remembered():
+    """A test that changes what an operator would choose must not leave it behind, nor meet what another chose."""
+    launch.forget()
+    yield
+    launch.forget()
 
 
 def pytest_terminal_summary(

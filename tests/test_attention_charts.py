@@ -9,7 +9,7 @@ from kernels.attention import attention_ref
 from kernels.plan import plan_attention
 from lab import charts, peers
 from lab.charts import draw
-from lab.charts.attention import FREE, attention_tflops, cache_bytes
+from lab.charts.attention import FREE, HIGHEST, attention_tflops, cache_bytes
 from lab.records import Store
 from lab.timing import check_accuracy
 
@@ -75,6 +75,17 @@ def test_speeds_are_shown_without_the_kernels_that_only_price_the_chunks(full, t
 def test_cost_is_the_time_with_free_chunks_over_ours(full, tmp_path):
     found = {round(y, 3) for y in values(draw("attention_cost", full, tmp_path))}
     assert found == {0.98, 0.95, 1.0}, "and the line at one"
+
+
+def test_a_cost_too_high_to_draw_is_written_out(tmp_path):
+    rows = [row | {"median_ms": row["median_ms"] * 9, "p80_ms": row["p80_ms"] * 9} if row["impl"] == FREE["decode"]
+            else row for row in attention_rows()]  # fmt: skip
+    store = Store(tmp_path / "data", Gpu.slug)
+    store.append("attention", rows, Gpu(), "0a1b2c")
+    figure = draw("attention_cost", store, tmp_path)
+    written = [text.get_text() for axes in figure.axes for text in axes.texts]
+    assert written and all("↑" in text and "keys" in text for text in written)
+    assert max(y for y in values(figure) if y == y) <= HIGHEST < figure.axes[0].get_ylim()[1]
 
 
 def test_bits_are_shares_of_rows_and_of_elements(full, tmp_path):

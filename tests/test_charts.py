@@ -406,6 +406,14 @@ def test_invariance_map_joins_the_cases_without_a_change(tmp_path):
     assert {f"0 / {3 * 274}", f"{17 // 2 + 256 // 2} / 274", f"0 / {2 * 274}"} <= set(text)
 
 
+def test_invariance_map_leaves_out_single_rows(tmp_path):
+    singles = [
+        row | {"case": case} for row, case in product(invariance_rows()[:1], ("planted at 1", "neighbours NaN"))
+    ]
+    store = small(tmp_path, invariance=invariance_rows() + singles)
+    assert not any("planted" in text or "NaN" in text for text in labels(CHARTS["invariance_map"](store, tmp_path)))
+
+
 # ------------------------------------------------------------------------------------ what is missing
 
 

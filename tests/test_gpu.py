@@ -9,6 +9,7 @@ from dataclasses import replace
 import pytest
 import torch
 
+from kernels import launch
 from kernels import matmul as mm
 from kernels.matmul import PERSISTENT_TILES, SPECIALISED, MatmulSchedule, matmul, specialised_schedule
 from kernels.norm import NormSchedule, layer_norm, rms_norm, rms_norm_ref
@@ -70,10 +71,12 @@ def pointer_schedules(precision):
 
 
 def specialised():
-    """Tiles with and without a tail, each swapped, split, in relay, and all of it together."""
+    """Tiles with and without a tail, each swapped, split, in relay, and all of it together; and ragged ones."""
     tiles = ((64, 64, 32), (128, 128, 0), (128, 128, 32), (256, 128, 0))
     for tile, swap, split, relay in itertools.product(tiles, *[(False, True)] * 3):
         yield specialised_schedule(*tile, swap=swap, split=split, relay=relay)
+    for tile in ((64, 64, 32), (64, 256, 16), (128, 128, 16)):
+        yield specialised_schedule(*tile, swap=True, ragged=True)
 
 
 @pytest.mark.parametrize("sizes", [(777, 4096, 4096), (777, 1536, 8192), (300, 768, 4096), (129, 4112, 1096)])
@@ -83,6 +86,7 @@ def test_a_relay_hands_over_every_bit(sizes, sms, monkeypatch):
     if not mm.has_wgmma(torch.device("cuda")):
         pytest.skip("the specialised kernel is Hopper's")
     monkeypatch.setattr(mm, "sm_count", lambda device: sms)
+    launch.forget()
     m, n, k = sizes
     a, b = randn(m, k, dtype=torch.bfloat16), randn(n, k, dtype=torch.bfloat16, seed=1).t()
     plan = plan_matmul(n, k, 2)
@@ -92,6 +96,19 @@ def test_a_relay_hands_over_every_bit(sizes, sms, monkeypatch):
             for _ in range(3 * schedule.fits(plan)):
                 got = matmul(a, b, bias, schedule=schedule)
                 assert same_bits(got, want), (schedule, compare(got, want))
+
+
+@pytest.mark.parametrize("m", [1, 9, 255, 256, 257, 265, 272, 273, 512, 777, 1000])
+@pytest.mark.parametrize("shape", [(4096, 512), (768, 4096)])
+def test_ragged_tiles_leave_out_no_row(m, shape):
+    if not mm.has_wgmma(torch.device("cuda")):
+        pytest.skip("the specialised kernel is Hopper's")
+    n, k = shape
+    a, b = randn(m, k, dtype=torch.bfloat16), randn(n, k, dtype=torch.bfloat16, seed=1).t()
+    want, plan = matmul(a, b, schedule=MatmulSchedule(64, 64, 64, 4, 3)), plan_matmul(n, k, 2)
+    for schedule in (s for s in specialised() if s.ragged and s.fits(plan)):
+        out = torch.full_like(want, float("nan"))
+        assert same_bits(matmul(a, b, schedule=schedule, out=out), want), (schedule, compare(out, want))
 
 
 @pytest.mark.parametrize(("dtype", "precision"), MODES)
@@ -155,6 +172,7 @@ def test_the_number_of_sms_is_free_in_a_matmul(monkeypatch):
     results = []
     for sms in (1, 20, 78, 132, 188):
         monkeypatch.setattr(mm, "sm_count", lambda device, sms=sms: sms)
+        launch.forget()
         results.append(matmul(a, b))
     assert all(same_bits(result, results[0]) for result in results)
 
@@ -215,16 +233,16 @@ def test_borrowed_counters_are_given_back():
     a, b = randn(8, 4096, dtype=torch.bfloat16), randn(768, 4096, dtype=torch.bfloat16, seed=1).t()
     schedule = MatmulSchedule(16, 64, 256, 4, 4, swap=True, persistent=True, split=True)
     eager = matmul(a, b, schedule=schedule)
-    before = mm._counters[a.device][1]
-    with mm.borrowed_counters():
+    before = launch._reserve[a.device][1]
+    with launch.borrowed_counters():
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             captured = matmul(a, b, schedule=schedule)
-        assert mm._counters[a.device][1] > before
+        assert launch._reserve[a.device][1] > before
         graph.replay()
         torch.cuda.synchronize()
         assert same_bits(captured, eager)
-    assert mm._counters[a.device][1] == before
+    assert launch._reserve[a.device][1] == before
 
 
 def test_without_counters_a_captured_split_takes_the_chunks_in_turn(monkeypatch):
@@ -232,7 +250,7 @@ def test_without_counters_a_captured_split_takes_the_chunks_in_turn(monkeypatch)
     schedule = MatmulSchedule(16, 64, 256, 4, 4, swap=True, persistent=True, split=True)
     eager = matmul(a, b, schedule=schedule)
     matmul(a, b, schedule=replace(schedule, split=False))  # compiled before the capture
-    monkeypatch.setattr(mm, "FINISHED_COUNTERS", 0)
+    monkeypatch.setattr(launch, "FINISHED_COUNTERS", 0)
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         captured = matmul(a, b, schedule=schedule)

@@ -5,7 +5,7 @@ bfloat16 needs one too, because the interpreter's dot is wrong there.
 """
 
 import inspect
-from collections import defaultdict
+from collections import Counter, defaultdict
 from dataclasses import replace
 from itertools import pairwise, product
 from types import SimpleNamespace
@@ -16,7 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kernels import matmul as mm
-from kernels.matmul import MatmulSchedule, addmm, choose_schedule, matmul, matmul_ref
+from kernels.matmul import MatmulSchedule, addmm, choose_schedule, matmul, matmul_ref, specialised_schedule
 from kernels.plan import plan_matmul
 from lab import peers
 from lab.check import check_invariance, same_bits
@@ -153,31 +153,96 @@ def tile(pid, blocks_m, blocks_n, group):
     return tuple(out.tolist())
 
 
+@pytest.fixture
+def hopper(monkeypatch):
+    """The specialised kernel's module, its arithmetic as Python, run as program ``gl.at`` of ``gl.programs``."""
+    module = pytest.importorskip("kernels.matmul_hopper")
+    stand_in = SimpleNamespace(programs=1, at=0)
+    stand_in.num_programs, stand_in.program_id = lambda axis: stand_in.programs, lambda axis: stand_in.at
+    monkeypatch.setattr(module, "gl", stand_in)
+    for name in ("_shares", "_piece", "_pieces", "_row_blocks", "_jobs_and_steps", "_place"):
+        monkeypatch.setattr(module, name, getattr(module, name).fn)
+    return module
+
+
+def pieces_of(hopper, jobs, steps, relay):
+    """For every program, what it does: (job, first step, last step), and the turn it has."""
+    for program in range(hopper.gl.programs):
+        hopper.gl.at = program
+        turn, rounds, begin, end = hopper._shares(jobs, steps, relay)
+        count = hopper._pieces(rounds, begin, end, steps, relay)
+        yield turn, [hopper._piece(i, turn, rounds, begin, end, steps, relay) for i in range(count)]
+
+
+def assert_dealt_out_once(hopper, jobs, steps, dealt):
+    done = defaultdict(list)
+    for turn, pieces in dealt:
+        for i, (job, first, last) in enumerate(pieces):
+            assert first < last
+            assert last == steps or i == 0, "a job is begun first of all"
+            assert first == 0 or (i == len(pieces) - 1 and turn < hopper.gl.programs - 1), "and finished last of all"
+            done[job].append((first, last, turn))
+    assert sorted(done) == list(range(jobs))
+    for parts in map(sorted, done.values()):
+        assert parts[0][0] == 0 and parts[-1][1] == steps and len(parts) <= 2
+        assert all(b[0] == a[1] and a[2] == b[2] + 1 for a, b in pairwise(parts)), "handed to the one before"
+
+
 @pytest.mark.parametrize("programs", [1, 2, 3, 7, 132])
 @pytest.mark.parametrize("relay", [False, True])
-def test_every_step_of_every_job_is_dealt_out_once(programs, relay, monkeypatch):
-    """The arithmetic of the specialised kernel, run as Python; whoever waits does so last, for an earlier program."""
-    hopper = pytest.importorskip("kernels.matmul_hopper")
-    where = {"program_id": 0}
-    stand_in = SimpleNamespace(num_programs=lambda axis: programs, program_id=lambda axis: where["program_id"])
-    monkeypatch.setattr(hopper, "gl", stand_in)
+def test_every_step_of_every_job_is_dealt_out_once(programs, relay, hopper):
+    """Whoever waits does so last, for an earlier program."""
+    hopper.gl.programs = programs
     for jobs, steps in product((programs, programs + 1, 2 * programs - 1, 3 * programs + 2), (1, 2, 5, 64)):
-        done, loads = defaultdict(list), []
-        for where["program_id"] in range(programs):
-            turn, rounds, begin, end = hopper._shares.fn(jobs, steps, relay)
-            count = hopper._pieces.fn(rounds, begin, end, steps, relay)
-            pieces = [hopper._piece.fn(i, turn, rounds, begin, end, steps, relay) for i in range(count)]
-            for i, (job, first, last) in enumerate(pieces):
-                assert last == steps or i == 0, "a job is begun first of all"
-                assert first == 0 or (i == count - 1 and where["program_id"] > 0), "and finished last of all"
-                done[job].append((first, last, turn))
-            loads.append(sum(last - first for _, first, last in pieces))
-        assert sorted(done) == list(range(jobs))
-        for parts in map(sorted, done.values()):
-            assert parts[0][0] == 0 and parts[-1][1] == steps and len(parts) <= 2
-            assert all(b[0] == a[1] and a[2] == b[2] + 1 for a, b in pairwise(parts)), "handed to the one before"
+        dealt = list(pieces_of(hopper, jobs, steps, relay))
+        assert_dealt_out_once(hopper, jobs, steps, dealt)
+        most = max(sum(last - first for _, first, last in pieces) for _, pieces in dealt)
         even = -(-jobs // programs) * steps
-        assert max(loads) == even if not relay else max(loads) <= min(even, -(-jobs * steps // programs) + 1)
+        assert most == even if not relay else most <= min(even, -(-jobs * steps // programs) + 1)
+
+
+def ragged_tiles(hopper, m, n, schedule):
+    """What ``_place`` says of every tile of a ragged schedule."""
+    sides = {"SWAP": True, "LEFT": schedule.block_n, "RIGHT": schedule.block_m, "TAIL": schedule.tail_m}
+    jobs, _ = hopper._jobs_and_steps(m, n, 640, 640, CHUNKS=1, SPLIT=False, **sides, RAGGED=True, BLOCK_K=64)
+    assert jobs == schedule.tiles(m, n)
+    return [hopper._place(tile, m, n, **sides, RAGGED=True, GROUP_M=8) for tile in range(jobs)]
+
+
+@pytest.mark.parametrize(("right", "tail"), [(256, 16), (256, 32), (128, 16), (64, 64)])
+def test_ragged_tiles_cover_every_row_of_every_column(right, tail, hopper):
+    left, n = 64, 452
+    schedule = MatmulSchedule(right, left, 64, 4, 4, swap=True, specialised=True, ragged=True, tail_m=tail)
+    for m in (1, 9, right - 1, right, right + 1, right + tail, right + tail + 1, 777, 1000, 3 * right + tail, 4099):
+        hopper.gl.programs = min(7, schedule.tiles(m, n))
+        covered, tails = torch.zeros(m, n, dtype=torch.int32), Counter()
+        for start_m, start_n, tail_m, tail_n, tailed in ragged_tiles(hopper, m, n, schedule):
+            assert start_m >= 0 and start_n == tail_n >= 0
+            covered[start_m : start_m + right, start_n : start_n + left] += 1
+            if tailed:
+                assert tail_m >= 0
+                covered[tail_m : tail_m + tail, start_n : start_n + left] += 1
+                tails[start_n] += 1
+        assert covered.all(), (m, covered.any(1).tolist())
+        assert len(tails) == tails.total() == (m > schedule.row_blocks(m) * right) * -(-n // left)
+
+
+@pytest.mark.parametrize("n", [4096, 6144, 8192, 10240, 28672, 57344])
+@pytest.mark.parametrize("right", [128, 256])
+def test_no_program_meets_all_the_tails(right, n, hopper):
+    """At most one in as many rounds as a column has tiles, and one more because a column may lie in two rounds."""
+    schedule = specialised_schedule(64, right, 16, swap=True, ragged=True)
+    hopper.gl.programs = 132
+    tailed = [tailed for *_, tailed in ragged_tiles(hopper, 777, n, schedule)]
+    rounds = -(-len(tailed) // 132)
+    assert max(sum(tailed[program::132]) for program in range(132)) <= -(-rounds // schedule.row_blocks(777)) + 1
+
+
+def test_ragged_rows_of_777_tokens_are_three_blocks_and_a_tail():
+    schedule = specialised_schedule(64, 256, 16, swap=True, ragged=True)
+    blocks = [schedule.row_blocks(m) for m in (1, 256, 257, 272, 273, 512, 528, 529, 777)]
+    assert blocks == [1, 1, 1, 1, 2, 2, 2, 3, 3]
+    assert schedule.tiles(777, 4096) == 192
 
 
 def test_default_schedules_respect_the_plan_and_the_operands():
@@ -191,6 +256,15 @@ def test_default_schedules_respect_the_plan_and_the_operands():
                     assert specialised or not schedule.specialised
                     assert plan.block_k in (None, schedule.block_k)
                     assert schedule.fits(plan)
+
+
+@pytest.mark.parametrize(("n", "block_n"), [(4096, 64), (8192, 64), (10240, 128), (28672, 128), (57344, 64)])
+def test_thin_tiles_give_the_busiest_program_the_fewest_columns(n, block_n):
+    for m in (1, 16, 17, 32):
+        for specialised in (False, True):
+            schedule = choose_schedule(m, n, plan_matmul(n, 4096, 2), 2, True, 132, specialised)
+            assert schedule.swap and (schedule.block_m, schedule.block_n) == (16 if m <= 16 else 32, block_n)
+            assert schedule.specialised == (specialised and block_n == 128)
 
 
 A, B = torch.zeros(3, 4), torch.zeros(4, 5)
@@ -227,6 +301,7 @@ A, B = torch.zeros(3, 4), torch.zeros(4, 5)
             "block_k=32",
         ),
         ({"a": A, "b": torch.zeros(4, 3), "schedule": SCHEDULES[2]}, ValueError, "TMA descriptors"),
+        ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], ragged=True, relay=True)}, ValueError, "is ragged"),
     ],
 )
 def test_bad_arguments_are_named_with_their_value(arguments, error, message):
@@ -267,6 +342,16 @@ def test_the_same_rows_have_the_same_bits_through_every_rank(k):
     assert same_bits(matmul(a.view(2, 3, k), b).view(6, 10), want)
     assert same_bits(matmul(a.view(2, 3, k), b.expand(2, k, 10)).view(6, 10), want)
     assert same_bits(matmul(a.view(2, 1, 3, k), b.expand(1, 2, k, 10))[:, 0].reshape(6, 10), want)
+
+
+def test_one_row_with_a_bias_takes_every_schedule():
+    a, b, bias = (
+        matrix(1, 64, torch.float16),
+        matrix(64, 48, torch.float16, "columns", seed=1),
+        matrix(1, 48, torch.float16)[0],
+    )
+    for schedule in SCHEDULES:
+        assert_accurate(matmul(a, b, bias, schedule=schedule), a, b, bias)
 
 
 def test_one_column_and_one_row():

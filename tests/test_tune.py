@@ -57,6 +57,8 @@ def test_every_specialised_schedule_fits_its_plan_and_shared_memory():
             assert left % 64 == 0 and s.num_stages >= 3 and s.fits(plan)
             assert 2 * ((rows + columns) * s.block_k * s.num_stages + rows * columns) <= SHARED_BYTES - 1024
             assert not (s.tail_n if s.swap else s.tail_m)
+            assert not s.ragged or (s.swap and not (s.split or s.relay))
+    assert any(s.ragged for s in found)
     assert any(s.relay and not s.split for s in found) and not any(s.split for s in found)
 
 
@@ -68,6 +70,13 @@ def test_the_estimate_knows_when_a_round_does_not_come_out_even():
     assert estimate_us(8192, 10240, plan, whole) > 10 * estimate_us(512, 10240, plan, fair)
 
 
+def test_the_estimate_knows_what_a_tail_costs_that_one_tile_has():
+    plan = plan_matmul(8192, 8192, 2)
+    ragged, padded = (specialised_schedule(64, 256, 16, swap=True, ragged=ragged) for ragged in (True, False))
+    assert estimate_us(768, 8192, plan, ragged) < 0.99 * estimate_us(769, 8192, plan, ragged)
+    assert estimate_us(769, 8192, plan, ragged) < 0.99 * estimate_us(769, 8192, plan, padded)
+
+
 @pytest.mark.parametrize(
     ("m", "shape", "schedule", "measured_us"),
     [
@@ -77,11 +86,15 @@ def test_the_estimate_knows_when_a_round_does_not_come_out_even():
         (2048, (2560, 8192), specialised_schedule(128, 128, 32), 144.1),
         (777, (7168, 8192), specialised_schedule(128, 128), 159.0),
         (777, (4096, 4096), specialised_schedule(128, 256), 48.8),
+        (777, (8192, 8192), specialised_schedule(64, 256, 16, swap=True, ragged=True), 159.0),
+        (777, (4096, 4096), specialised_schedule(64, 128, 16, swap=True, ragged=True), 43.0),
+        (512, (10240, 8192), specialised_schedule(64, 128, 32), 134.4),
+        (2048, (6144, 4096), specialised_schedule(128, 256), 149.0),
     ],
 )
 def test_the_estimate_is_near_what_an_h200_measured(m, shape, schedule, measured_us):
-    """Within a quarter: a chip under load slows its clock down, by more the longer a launch takes."""
-    assert 0.75 < estimate_us(m, shape[0], plan_matmul(*shape, 2), schedule) / measured_us < 1.25
+    """Within an eighth: a chip under load slows its clock down, by more the longer a launch takes."""
+    assert 0.88 < estimate_us(m, shape[0], plan_matmul(*shape, 2), schedule) / measured_us < 1.125
 
 
 def test_the_last_layer_is_tuned_for_few_rows():

@@ -1,0 +1,286 @@
+"""What the host does for a launch, and how it gets around doing it twice.
+
+A launch needs more of the host than of the GPU when tokens are few: checking operands, choosing a schedule, matching
+arguments to a compiled kernel take tens of microseconds, and a decode step has hundreds of launches. All of it
+depends on the operands' *form* (shapes, strides, dtypes, alignment), not on what they hold or where they lie. So an
+operator marked with ``remembers`` is watched the first time it meets a form: which compiled kernels it launched, and
+which of its operands, results and scratch went where. The next time the same launches are made with the new
+addresses, and nothing else. Operands, schedule and kernel are the same, and so are the bits.
+
+A CUDA graph saves more still, but only where shapes *and addresses* stay. This is for everything else.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+from triton import knobs
+from triton.runtime import driver
+
+# --------------------------------------------------------------------------------------------- remembering
+
+
+class _Recording(threading.local):
+    """What the operator that this thread watches has launched, and the scratch it asked for; ``None``: nothing."""
+
+    launches: list | None = None
+    scratch: list | None = None
+    counters: list | None = None
+
+
+_recording = _Recording()
+_forms: list[dict] = []
+MOST_FORMS = 4096
+"""Forms that an operator remembers at most; a server that has seen more starts again."""
+
+COMPILED = torch.cuda.is_available() and not knobs.runtime.interpret
+"""Whether there is anything to remember: Triton's interpreter compiles nothing."""
+
+
+def launch(kernel, grid: tuple[int, ...], *args, **constants):
+    """``kernel[grid](*args, **constants)``, watched."""
+    compiled = kernel[grid](*args, **constants)
+    if _recording.launches is not None:
+        _recording.launches.append((kernel, compiled, grid, args, constants))
+
+
+def scratch(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """``(size,)`` for a launch to use, and nobody afterwards. Holds anything."""
+    made = torch.empty(size, dtype=dtype, device=device)
+    if _recording.scratch is not None:
+        _recording.scratch.append(made)
+    return made
+
+
+class _Recipe:
+    """The launches of one operator for one form of operands.
+
+    ``made`` are shapes, strides and dtypes of the tensors it allocates; it returns the first ``results`` of them.
+    A launch's addresses are numbered: operands first, then what is made, then counters.
+    """
+
+    def __init__(self, recording: _Recording, operands: list[torch.Tensor], result: object):
+        """
+        Raises:
+            ValueError: a launch used a tensor that is none of the operands, results and scratch.
+        """
+        results = result if isinstance(result, tuple) else (result,)
+        fresh = [*results, *recording.scratch]
+        if not all(isinstance(x, torch.Tensor) and x.is_contiguous() for x in fresh) or not recording.launches:
+            raise ValueError("results must be tensors without gaps, and come from a launch")
+        self.device = results[0].device
+        self.made = [(tuple(x.shape), x.stride(), x.dtype) for x in fresh]
+        self.single, self.results = not isinstance(result, tuple), len(results)
+        self.counters = [len(x) for x in recording.counters]
+        known = {x.data_ptr(): at for at, x in reversed([*enumerate([*operands, *fresh, *recording.counters])])}
+        if {x.data_ptr() for x in operands} & {x.data_ptr() for x in fresh}:
+            raise ValueError("a result is an operand")
+        self.launches = [self._bound(known, *entry) for entry in recording.launches]
+        written = {source for entry in self.launches for part in entry[5:] for *_, source in part}
+        if not {known[x.data_ptr()] for x in results} <= written:
+            raise ValueError("a result comes from no launch")
+
+    @staticmethod
+    def _bound(known: dict[int, int], kernel, compiled, grid, args, constants) -> tuple:
+        """A launch as ``run`` wants it: the C function's arguments, and where addresses belong among them."""
+        parameters = inspect.signature(kernel.fn).parameters
+        named = dict(zip(kernel.arg_names, args, strict=False)) | constants
+        values = [named[name] if name in named else parameters[name].default for name in kernel.arg_names]
+        addresses, descriptors = [], []
+        for at, value in enumerate(values):
+            if isinstance(value, torch.Tensor):
+                values[at] = None
+                addresses.append((at, _source(known, value)))
+            elif hasattr(value, "block_shape"):
+                fields = {**vars(value), "base": None}  # must not keep the operand alive
+                values[at] = None
+                descriptors.append((at, type(value), fields, _source(known, value.base)))
+        head = (*grid, 1, 1)[:3]
+        return compiled.run, head, compiled.function, compiled.packed_metadata, values, addresses, descriptors
+
+    def __call__(self, device: int, addresses: list[int]):
+        """Make the launches with operands at these addresses. ``None``, and nothing done, if counters are short."""
+        counters = [finished_counters(count, self.device) for count in self.counters]
+        if any(x is None for x in counters):
+            return None
+        fresh = [torch.empty_strided(*sizes, dtype=dtype, device=self.device) for *sizes, dtype in self.made]
+        addresses += [x.data_ptr() for x in (*fresh, *counters)]
+        stream = driver.active.get_current_stream(device)
+        for run, head, function, metadata, values, plain, descriptors in self.launches:
+            values = values.copy()
+            for at, source in plain:
+                values[at] = addresses[source]
+            for at, kind, fields, source in descriptors:
+                described = object.__new__(kind)  # its checks were made the first time
+                described.__dict__ = {**fields, "base": _Address(addresses[source])}
+                values[at] = described
+            run(*head, stream, function, metadata, None, None, None, *values)
+        return fresh[0] if self.single else tuple(fresh[: self.results])
+
+
+class _Address:
+    """What a descriptor needs of the tensor it describes."""
+
+    __slots__ = ("address",)
+
+    def __init__(self, address: int):
+        self.address = address
+
+    def data_ptr(self) -> int:
+        return self.address
+
+
+def _source(known: dict[int, int], x: torch.Tensor) -> int:
+    if x.data_ptr() not in known:
+        raise ValueError("a launch used a tensor that was made on the way")
+    return known[x.data_ptr()]
+
+
+def _form(args: tuple, kwargs: dict) -> tuple[tuple, list[torch.Tensor], list[int]]:
+    """What the host's work depends on; the tensors among the arguments; their addresses.
+
+    Addresses enter as alignment to 16 bytes, as which of them are the same, and nothing more.
+    """
+    key, tensors, addresses = [driver.active.get_current_device(), *kwargs], [], []
+    for x in (*args, *kwargs.values()):
+        if isinstance(x, torch.Tensor):
+            address = x.data_ptr()
+            key += x.shape, x.stride(), x.dtype, x.get_device(), address % 16
+            if address in addresses:
+                key.append(addresses.index(address))
+            tensors.append(x)
+            addresses.append(address)
+        else:
+            key += x.__class__, x
+    return tuple(key), tensors, addresses
+
+
+def _profiled() -> bool:
+    """Whether somebody wants to hear of every launch."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def remembers(operator: Callable | None = None, *, every_time: Callable | None = None) -> Callable:
+    """Mark an operator whose host work depends on the form of its operands alone.
+
+    It must launch through ``launch``, take scratch from ``scratch`` and ``finished_counters`` alone, and return the
+    tensors that its kernels have filled. A call that works differently (copies an operand first, writes to ``out``,
+    looks at values because ``validate`` says so) is not remembered, but made in full each time. Under
+    ``torch.compile`` the operator runs as it is, between two compiled graphs.
+
+    Args:
+        every_time: called with the operator's arguments before launches are made from memory: a look at values that
+            the operator itself takes too.
+    """
+    if operator is None:
+        return functools.partial(remembers, every_time=every_time)
+    known: dict[tuple, _Recipe | None] = {}
+    validates = "validate" in inspect.signature(operator).parameters
+    _forms.append(known)
+    plain = []  # torch.compile's "leave this alone", made when first needed: it takes a second to import
+
+    @functools.wraps(operator)
+    def call(*args, **kwargs):
+        if torch.compiler.is_compiling():
+            plain[:] = plain or [torch.compiler.disable(operator)]
+            return plain[0](*args, **kwargs)
+        if not COMPILED or _recording.launches is not None or kwargs.get("out") is not None:
+            return operator(*args, **kwargs)
+        if validates and kwargs.get("validate", True):
+            return operator(*args, **kwargs)
+        try:
+            key, operands, addresses = _form(args, kwargs)
+            recipe = known.get(key, operator)
+        except TypeError:  # an argument that cannot be a key, nor be right
+            return operator(*args, **kwargs)
+        if recipe is operator:
+            return _watched(operator, known, key, operands, args, kwargs)
+        if recipe is None or _profiled():
+            return operator(*args, **kwargs)
+        if every_time is not None:
+            every_time(*args, **kwargs)
+        result = recipe(key[0], addresses)
+        return operator(*args, **kwargs) if result is None else result
+
+    return call
+
+
+def _watched(operator: Callable, known: dict, key: tuple, operands: list[torch.Tensor], args: tuple, kwargs: dict):
+    """Call ``operator`` and remember its launches, or that they cannot be."""
+    if torch.cuda.is_current_stream_capturing():
+        return operator(*args, **kwargs)  # which may have to make do without counters
+    _recording.launches, _recording.scratch, _recording.counters = [], [], []
+    try:
+        result = operator(*args, **kwargs)
+        try:
+            recipe = _Recipe(_recording, operands, result)
+        except ValueError:
+            recipe = None
+    finally:
+        _recording.launches = _recording.scratch = _recording.counters = None
+    if len(known) >= MOST_FORMS:
+        known.clear()
+    known[key] = recipe
+    return result
+
+
+def forget() -> None:
+    """Forget all forms: for whoever changes what an operator would choose, a table of schedules say."""
+    for known in _forms:
+        known.clear()
+
+
+# ------------------------------------------------------------------------------------------------ counters
+
+FINISHED_COUNTERS = 1 << 22
+"""Counters that all captured CUDA graphs share out among themselves."""
+
+_reserve: dict[torch.device, list] = {}
+_of_stream: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+
+def finished_counters(tiles: int, device: torch.device) -> torch.Tensor | None:
+    """Zeros that a launch whose programs wait for each other counts in (see its kernel); it leaves zeros behind.
+
+    Two launches that run at once must not share them. Eager launches of one stream run one after another and share
+    the stream's. A replayed CUDA graph may run beside anything, so each captured call keeps a stretch of its own,
+    of a reserve that an eager call set up before. ``None`` if there is no reserve, or no more of it: take the
+    chunks in turn then, for the same bits.
+    """
+    if device.type != "cuda":
+        return torch.zeros(tiles, dtype=torch.int32, device=device)
+    if torch.cuda.is_current_stream_capturing():
+        reserve, used = _reserve.get(device, (None, FINISHED_COUNTERS))
+        if used + tiles > FINISHED_COUNTERS:
+            return None
+        _reserve[device][1] = used + tiles
+        return reserve[used : used + tiles]
+    if device not in _reserve:
+        _reserve[device] = [torch.zeros(FINISHED_COUNTERS, dtype=torch.int32, device=device), 0]
+    stream = device, driver.active.get_current_stream(device.index)
+    if stream not in _of_stream or len(_of_stream[stream]) < tiles:
+        _of_stream[stream] = torch.zeros(max(2 * tiles, 1 << 16), dtype=torch.int32, device=device)
+    counters = _of_stream[stream][:tiles]
+    if _recording.counters is not None:
+        _recording.counters.append(counters)
+    return counters
+
+
+@contextmanager
+def borrowed_counters() -> Iterator[None]:
+    """Takes back, at the end, the counters of graphs captured within. They must not be replayed after that.
+
+    For whoever captures thousands of launches and throws the graphs away, such as a tuner.
+    """
+    used = {device: entry[1] for device, entry in _reserve.items()}
+    try:
+        yield
+    finally:
+        for device, entry in _reserve.items():
+            entry[1] = used.get(device, 0)
