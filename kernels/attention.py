@@ -69,7 +69,9 @@ class AttentionSchedule:
     swap: compute the transposed products, with the keys as left operand, so that the tensor core's long side (64 on
         Hopper) runs along keys and its short side (8 and up) along the few query rows.
     specialised: Hopper's kernels (``kernels/attention_hopper.py``). With ``swap`` the one for decoding: all rows of a
-        sequence and key head are one tile, and a job is a single chunk if ``split``. Otherwise the one for prefill.
+        sequence and key head are one tile. Otherwise the one for prefill.
+    span: keys of a tile that one program takes at a time in the kernel for decoding, a multiple of the plan's
+        ``chunk``. With ``early_chunk`` it takes a single chunk, early or not.
     """
 
     block_m: int
@@ -78,10 +80,50 @@ class AttentionSchedule:
     split: bool = False
     swap: bool = False
     specialised: bool = False
+    span: int | None = None
+
+    def fits(self, rows: int, plan: AttentionPlan) -> bool:
+        """Whether the kernel for decoding has this schedule for ``rows`` query rows a key head."""
+        if not (self.span and rows <= self.block_m <= 64):
+            return False
+        whole = self.span % plan.chunk == 0 and self.block_m <= MOST_MERGING_ROWS
+        return whole or self.span == plan.early_chunk
 
 
 MOST_PARTIAL_ROWS = 1 << 20
 """Query rows times chunks that are put by side by side: half a gigabyte where heads have 128 elements."""
+
+MOST_MERGING_ROWS = 32
+"""Rows of a decoding tile that leave a thread registers for a chunk's sums and those of the chunks before."""
+
+JOB_KEYS = 192
+"""What starting and ending a job costs, in keys that could be read meanwhile (seen on an H200)."""
+
+MOST_UNKNOWN_SPAN = 4096
+"""Longest span where sequences may have any length: with longer ones SMs wait for whichever got a long sequence."""
+
+
+def choose_span(tiles: int, max_kv: int, plan: AttentionPlan, sms: int, ragged: bool) -> int:
+    """Keys of a tile that a program should take at a time.
+
+    Jobs are dealt out in rounds, a job to every SM. Long ones have fewer starts and ends and leave less to merge, but
+    the last round should be full. Where only the longest sequence is known (``ragged``), half its length counts as
+    much.
+    """
+    spans = [plan.early_chunk]
+    while spans[-1] < (min(max_kv, MOST_UNKNOWN_SPAN) if ragged else max_kv):
+        spans.append(max(2 * spans[-1], plan.chunk))
+
+    def cost(span: int) -> int:
+        keys = 0
+        for length in (max_kv, triton.cdiv(max_kv, 2))[: 1 + ragged]:
+            fine = span == plan.early_chunk
+            jobs = tiles * (plan.chunks(length) if fine else triton.cdiv(length, span))
+            longest = plan.chunk if fine and length > plan.early else min(span, length)
+            keys += triton.cdiv(jobs, sms) * (longest + JOB_KEYS)
+        return keys
+
+    return min(spans, key=lambda span: (cost(span), -span))
 
 
 def choose_schedule(
@@ -94,8 +136,9 @@ def choose_schedule(
     sms: int,
     shared: int = 227 * 1024,
     specialised: bool = False,
+    ragged: bool = False,
 ) -> AttentionSchedule:
-    """The schedule for ``batch`` sequences of up to ``q_len`` queries and ``max_kv`` keys.
+    """The schedule for ``batch`` sequences of up to ``q_len`` queries that see up to ``max_kv`` keys.
 
     With few query rows the keys' bytes are the cost: thin tiles with the keys on the left. Chunks go side by side
     where the tiles alone would leave SMs idle and what the chunks put by does not take too much memory.
@@ -104,13 +147,15 @@ def choose_schedule(
         shared: bytes of shared memory that a program can have: 227 KB on Hopper, 163 KB on Ampere's A100, 99 KB on
             consumer GPUs, 64 KB on AMD's. A stage takes 32 KB for keys and 32 KB for values.
         specialised: whether Hopper's kernels can take the operands.
+        ragged: whether sequences may have fewer keys than ``max_kv``.
     """
     rows, wide = q_len * group, plan.head_dim > 128
     thin = max(16, triton.next_power_of_2(rows))
     if specialised and rows <= 64:
-        # Chunks one by one only where jobs of ``plan.chunk`` keys would leave SMs idle: a job costs its own overhead.
-        jobs = batch * heads_kv * triton.cdiv(max_kv, plan.chunk)
-        return AttentionSchedule(thin, 4, 2, split=jobs < 0.7 * sms, swap=True, specialised=True)
+        span = plan.early_chunk
+        if thin <= MOST_MERGING_ROWS:
+            span = choose_span(batch * heads_kv, max_kv, plan, sms, ragged)
+        return AttentionSchedule(thin, 4, 2, swap=True, specialised=True, span=span)
     if specialised:
         return AttentionSchedule(128, 8, 2, specialised=True)
     if shared < 99 * 1024:
@@ -878,9 +923,10 @@ def _launch(call: AttentionCall, plan: AttentionPlan, schedule: AttentionSchedul
         return
     specialised = has_wgmma(call.q.device) and _suits_hopper(call, plan)
     if schedule is None:
-        sizes = call.q_len, call.batch, call.heads_kv, call.group, call.kv_len
-        device = call.q.device
-        schedule = choose_schedule(*sizes, plan, sm_count(device), shared_bytes(device), specialised)
+        in_sight = call.kv_len if call.window is None else min(call.kv_len, call.window + call.q_len - 1)
+        sizes = call.q_len, call.batch, call.heads_kv, call.group, in_sight
+        device, ragged = call.q.device, call.kv_lens is not None or call.cu_k is not None
+        schedule = choose_schedule(*sizes, plan, sm_count(device), shared_bytes(device), specialised, ragged)
     if not schedule.specialised:
         if schedule.swap and schedule.num_stages == 1 and has_wgmma(call.q.device):
             # Seen with block_m=32: an address outside of shared memory.
@@ -892,9 +938,12 @@ def _launch(call: AttentionCall, plan: AttentionPlan, schedule: AttentionSchedul
             f"schedule={schedule} needs a Hopper GPU, heads of 64 or 128 elements in rows that TMA can address, and a"
             " page size that divides a block of keys or that a block divides"
         )
-    if schedule.swap and not call.q_len * call.group <= schedule.block_m <= 64:
-        rows = call.q_len * call.group
-        raise ValueError(f"schedule={schedule} takes at most block_m rows (64 at most) a key head, got {rows}")
+    rows = call.q_len * call.group
+    if schedule.swap and not schedule.fits(rows, plan):
+        raise ValueError(
+            f"schedule={schedule} is not one for decoding {rows} rows a key head: block_m must be at least that and"
+            f" at most 64, span {plan.early_chunk} or, up to block_m={MOST_MERGING_ROWS}, a multiple of {plan.chunk}"
+        )
     _launch_hopper(call, plan, schedule)
 
 
@@ -927,7 +976,7 @@ def _launch_hopper(call: AttentionCall, plan: AttentionPlan, schedule: Attention
         return
     counters = finished_counters(call.batch * call.heads_kv, call.q.device)
     if counters is None:  # captured, and the reserve is used up: other kernels, the same bits
-        _launch_pointers(call, plan, replace(schedule, specialised=False, split=False))
+        _launch_pointers(call, plan, replace(schedule, specialised=False, span=None))
     else:
         attention_hopper.decode(call, plan, schedule, counters, sms)
 
@@ -972,9 +1021,7 @@ def _launch_pointers(call: AttentionCall, plan: AttentionPlan, schedule: Attenti
         slots = 1
     else:
         rows = programs * slots * part_rows
-        part_m, part_l, part_acc = (
-            scratch(rows * width, q.device) for width in (1, plan.lanes, plan.head_dim)
-        )
+        part_m, part_l, part_acc = (scratch(rows * width, q.device) for width in (1, plan.lanes, plan.head_dim))
     launch(
         _attention_kernel,
         (programs * slots,),

@@ -9,8 +9,14 @@ queries each, at their own pace: while one exponentiates the other keeps the ten
 products of one block with the values run beside the exponentials of the next. Where a sequence has more than one
 chunk, the sum over the chunks before rests in shared memory while the next starts from nothing.
 
-Why it is batch-invariant: read ``_attend``. Which blocks a query meets, in which order, and where a chunk begins
-depends on positions in its own sequence; blocks that it cannot see leave every bit alone.
+*Decode.* The few queries that share a key head are one tile, and its chunks are divided into *jobs*: enough to fill
+the GPU and no more, because a job costs its own start and end. A producer warp asks for the keys and values of a
+program's jobs; one consumer of four warps takes them with the keys down, so that the tensor core's long side runs
+along keys. Merging goes left to right: the first job of a tile merges its chunks as they come, in registers; the
+others put theirs by in memory, and whichever job of the tile is done last merges those.
+
+Why it is batch-invariant: read ``_attend`` and ``_decode_attend``. Which blocks a query meets, in which order, and
+where a chunk begins depends on positions in its own sequence; blocks that it cannot see leave every bit alone.
 
 Sources: Shah et al., "FlashAttention-3", 2024, for the two overlaps; Milakov and Gimelshein, "Online normalizer
 calculation for softmax", 2018.
@@ -157,29 +163,48 @@ def _lengths(seq, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, VARLEN_Q: gl.c
 
 
 @gluon.jit
-def _load_block(
-    desc, row, column, arrived, place, block, kv_len, pages, page_size, page_rows, head_rows, PAGED: gl.constexpr,
-    BLOCK_N: gl.constexpr, BOX: gl.constexpr, HEAD_DIM: gl.constexpr,
+def _rows_of(
+    block, row, kv_len, pages, page_size, page_rows, head_rows, PAGED: gl.constexpr, BLOCK_N: gl.constexpr,
+    BOX: gl.constexpr,
 ):  # fmt: skip
-    """Ask TMA for a block of keys or values: at once, or page by page where pages are smaller than a block."""
-    mbarrier.expect(arrived, BLOCK_N * HEAD_DIM * 2)
+    """Where the boxes of a block begin, as rows of the descriptor: one box, or pages where those are smaller.
+
+    Keys and values lie alike, so a page is looked up once for both.
+    """
+    rows = gl.tuple([])
     for box in gl.static_range(BLOCK_N // BOX):
         if PAGED:
             # Past the last key there is no page to name: any will do, its rows are not looked at.
             key = min(block * BLOCK_N + box * BOX, kv_len - 1)
             row = gl.load(pages + key // page_size) * page_rows + key % page_size // BOX * BOX + head_rows
-        tma.async_copy_global_to_shared(desc, [row, column], arrived, place.slice(box * BOX, BOX, 0))
+            rows = rows + (row,)  # noqa: RUF005 (Gluon does not unpack)
+        else:
+            rows = rows + (row + block * BLOCK_N + box * BOX,)  # noqa: RUF005
+    return rows
+
+
+@gluon.jit
+def _load_block(desc, rows, column, arrived, place, BLOCK_N: gl.constexpr, BOX: gl.constexpr, HEAD_DIM: gl.constexpr):
+    """Ask TMA for a block of keys or values."""
+    mbarrier.expect(arrived, BLOCK_N * HEAD_DIM * 2)
+    for box in gl.static_range(BLOCK_N // BOX):
+        tma.async_copy_global_to_shared(desc, [rows[box], column], arrived, place.slice(box * BOX, BOX, 0))
 
 
 # -------------------------------------------------------------------------------------------------- prefill
 
 
 @gluon.jit
-def _tile_of(tile, heads_q, heads_kv, batch, q_tiles, BLOCK_M: gl.constexpr):
-    """Sequence, head, first query of a tile: those with most keys to visit first, the heads of a group together."""
-    head = tile % heads_q
-    seq = tile // heads_q % batch
-    return seq, head, (q_tiles - 1 - tile // (heads_q * batch)) * BLOCK_M
+def _tile_of(tile, heads_q, batch, q_tiles, together, BLOCK_M: gl.constexpr):
+    """Sequence, head, first query of a tile. Heads come in sections of ``together``, the last one what is left; in a
+    section, the tiles with most keys to visit come first, the heads of a group together.
+    """
+    section = tile // (together * q_tiles)
+    first = section * together
+    width = min(together, heads_q * batch - first)
+    tile = tile - first * q_tiles
+    line = first + tile % width
+    return line // heads_q, line % heads_q, (q_tiles - 1 - tile // width) * BLOCK_M
 
 
 @gluon.jit
@@ -201,7 +226,7 @@ def _blocks(start, q_len, kv_len, window, BLOCK_M: gl.constexpr, BLOCK_N: gl.con
 def _load(
     q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, bars,
     q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, page_table_ptr, stride_page_table,
-    q_rows, k_rows, heads_q, heads_kv, batch, q_tiles, window, page_size,
+    q_rows, k_rows, heads_q, heads_kv, batch, q_tiles, together, window, page_size,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr,
     LENS: gl.constexpr, PAGED: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, HEAD_DIM: gl.constexpr,
     STAGES: gl.constexpr,
@@ -213,7 +238,7 @@ def _load(
     step = 0
     turn = 0
     for tile in range(gl.program_id(0), heads_q * batch * q_tiles, gl.num_programs(0)):
-        seq, head, start = _tile_of(tile, heads_q, heads_kv, batch, q_tiles, BLOCK_M)
+        seq, head, start = _tile_of(tile, heads_q, batch, q_tiles, together, BLOCK_M)
         q_first, k_first, own_q, own_kv = _lengths(
             seq, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, VARLEN_Q, VARLEN_K, LENS
         )
@@ -230,12 +255,11 @@ def _load(
             for block in range(first, last):
                 slot = step % STAGES
                 phase = (step // STAGES + 1) & 1
-                row = k_row + block * BLOCK_N
+                rows = _rows_of(
+                    block, k_row, own_kv, pages, page_size, k_seq_rows, kv_head * k_head_rows, PAGED, BLOCK_N, BOX
+                )
                 mbarrier.wait(k_empty.index(slot), phase)
-                _load_block(
-                    k_desc, row, k_col, k_full.index(slot), k_ring.index(slot), block, own_kv, pages, page_size,
-                    k_seq_rows, kv_head * k_head_rows, PAGED, BLOCK_N, BOX, HEAD_DIM,
-                )  # fmt: skip
+                _load_block(k_desc, rows, k_col, k_full.index(slot), k_ring.index(slot), BLOCK_N, BOX, HEAD_DIM)
                 if block == first:  # only now, so that the wait for room for the queries does not hold up the keys
                     mbarrier.wait(q_empty, (turn + 1) & 1)
                     mbarrier.expect(q_full, BLOCK_M * HEAD_DIM * 2)
@@ -244,10 +268,7 @@ def _load(
                         tma.async_copy_global_to_shared(q_desc, [q_row + half * HALF, q_col], q_full, place)
                     turn += 1
                 mbarrier.wait(v_empty.index(slot), phase)
-                _load_block(
-                    v_desc, row, k_col, v_full.index(slot), v_ring.index(slot), block, own_kv, pages, page_size,
-                    k_seq_rows, kv_head * k_head_rows, PAGED, BLOCK_N, BOX, HEAD_DIM,
-                )  # fmt: skip
+                _load_block(v_desc, rows, k_col, v_full.index(slot), v_ring.index(slot), BLOCK_N, BOX, HEAD_DIM)
                 step += 1
 
 
@@ -305,7 +326,7 @@ def _merge(place, acc, a, b, REST_LAYOUT: gl.constexpr, HEAD_DIM: gl.constexpr):
 def _attend(
     HALF_ID: gl.constexpr, o_desc, o_ptr, lse_ptr, q_tile, k_ring, v_ring, rest, bars,
     q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, o_rows, stride_lse_seq, stride_lse_head, scale_log2, heads_q,
-    heads_kv, batch, q_tiles, window,
+    batch, q_tiles, together, window,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr,
     LENS: gl.constexpr, HAS_LSE: gl.constexpr,
     CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -331,7 +352,7 @@ def _attend(
     step = 0
     turn = 0
     for tile in range(gl.program_id(0), heads_q * batch * q_tiles, gl.num_programs(0)):
-        seq, head, start = _tile_of(tile, heads_q, heads_kv, batch, q_tiles, BLOCK_M)
+        seq, head, start = _tile_of(tile, heads_q, batch, q_tiles, together, BLOCK_M)
         q_first, _, own_q, own_kv = _lengths(
             seq, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, VARLEN_Q, VARLEN_K, LENS
         )
@@ -447,12 +468,13 @@ def _attend(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["q_len", "kv_len", "batch", "q_tiles"])
+@gluon.jit(do_not_specialize=["q_len", "kv_len", "batch", "q_tiles", "together"])
 def _attention_prefill_kernel(
     q_desc, k_desc, v_desc, o_desc, o_ptr, lse_ptr, cu_q_ptr, cu_k_ptr, kv_lens_ptr, page_table_ptr,
     stride_page_table,
     q_seq_rows, q_head_rows, q_head_cols, k_seq_rows, k_head_rows, k_head_cols, o_seq_rows, o_head_rows, o_head_cols,
-    stride_lse_seq, stride_lse_head, q_len, kv_len, heads_q, heads_kv, batch, q_tiles, window, page_size, scale_log2,
+    stride_lse_seq, stride_lse_head, q_len, kv_len, heads_q, heads_kv, batch, q_tiles, together, window, page_size,
+    scale_log2,
     CAUSAL: gl.constexpr, WINDOW: gl.constexpr, VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr,
     LENS: gl.constexpr, PAGED: gl.constexpr, BOX: gl.constexpr, RING_LAYOUT: gl.constexpr,
     HAS_LSE: gl.constexpr, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr,
@@ -487,19 +509,17 @@ def _attention_prefill_kernel(
     gl.warp_specialize(
         [
             (_attend, (0, o_desc, o_ptr, lse_ptr, q_tile, k_ring, v_ring, rest, bars, q_len, kv_len, cu_q_ptr,
-                       cu_k_ptr, kv_lens_ptr, o_rows, stride_lse_seq, stride_lse_head, scale_log2, heads_q, heads_kv,
-                       batch, q_tiles, window, CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, HAS_LSE, CHUNK,
-                       EARLY_CHUNK, EARLY, BLOCK_N, HEAD_DIM,
-                       STAGES, REST_LAYOUT)),
+                       cu_k_ptr, kv_lens_ptr, o_rows, stride_lse_seq, stride_lse_head, scale_log2, heads_q, batch,
+                       q_tiles, together, window, CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, HAS_LSE, CHUNK,
+                       EARLY_CHUNK, EARLY, BLOCK_N, HEAD_DIM, STAGES, REST_LAYOUT)),
             (_attend, (1, o_desc, o_ptr, lse_ptr, q_tile, k_ring, v_ring, rest, bars, q_len, kv_len, cu_q_ptr,
-                       cu_k_ptr, kv_lens_ptr, o_rows, stride_lse_seq, stride_lse_head, scale_log2, heads_q, heads_kv,
-                       batch, q_tiles, window, CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, HAS_LSE, CHUNK,
-                       EARLY_CHUNK, EARLY, BLOCK_N, HEAD_DIM,
-                       STAGES, REST_LAYOUT)),
+                       cu_k_ptr, kv_lens_ptr, o_rows, stride_lse_seq, stride_lse_head, scale_log2, heads_q, batch,
+                       q_tiles, together, window, CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, HAS_LSE, CHUNK,
+                       EARLY_CHUNK, EARLY, BLOCK_N, HEAD_DIM, STAGES, REST_LAYOUT)),
             (_load, (q_desc, k_desc, v_desc, q_tile, k_ring, v_ring, bars, q_len, kv_len, cu_q_ptr, cu_k_ptr,
                      kv_lens_ptr, page_table_ptr, stride_page_table, q_rows, k_rows, heads_q, heads_kv, batch,
-                     q_tiles, window, page_size, CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, PAGED, BLOCK_N, BOX,
-                     HEAD_DIM, STAGES)),
+                     q_tiles, together, window, page_size, CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, PAGED, BLOCK_N,
+                     BOX, HEAD_DIM, STAGES)),
         ],
         [4, 1],
         [240, 24],
@@ -537,6 +557,24 @@ def _lse_strides(call: AttentionCall) -> tuple[int, int]:
     return 0 if call.cu_q is not None else call.lse.stride(0), call.lse.stride(1)
 
 
+SECTION_BYTES = 32 << 20
+"""Keys and values that a section of heads reads again for every row of query tiles: what stays in 50 MB of L2."""
+SECTION_TILES = 32
+"""Most query tiles of a head for which sections pay. With more, little is gained: one row of tiles takes long."""
+SECTIONS = 4
+"""Fewest sections that pay. With fewer, L2 holds much of what is read again anyway."""
+
+
+def _heads_together(call: AttentionCall) -> int:
+    """How many query heads a prefill takes at a time, whole groups: all, unless their tiles are few."""
+    heads = call.q.shape[2] * call.batch
+    head_bytes = 2 * call.kv_len * call.k.shape[3] * call.k.element_size()
+    sections = call.batch * call.heads_kv * head_bytes / SECTION_BYTES
+    if call.q_len > SECTION_TILES * 2 * HALF.value or sections < SECTIONS:
+        return heads
+    return max(SECTION_BYTES // head_bytes, 1) * call.group
+
+
 def prefill(call: AttentionCall, plan: AttentionPlan, schedule: AttentionSchedule, sms: int) -> None:
     """Fill ``call.out`` and ``call.lse``: tiles of 128 queries of a head, the chunks of a tile in turn."""
     q, k, v, out, lse, page_table = call.q, call.k, call.v, call.out, call.lse, call.page_table
@@ -552,7 +590,7 @@ def prefill(call: AttentionCall, plan: AttentionPlan, schedule: AttentionSchedul
         q_desc, k_desc, v_desc, o_desc, out, lse, call.cu_q, call.cu_k, call.kv_lens, page_table,
         0 if page_table is None else page_table.stride(0), *q_rows, *k_rows, *o_rows,
         *_lse_strides(call), call.q_len, call.kv_len, heads_q, call.heads_kv, call.batch,
-        q_tiles, call.window or 0, k.shape[1], call.scale_log2,
+        q_tiles, _heads_together(call), call.window or 0, k.shape[1], call.scale_log2,
         CAUSAL=call.causal, WINDOW=call.window is not None, VARLEN_Q=call.cu_q is not None,
         VARLEN_K=call.cu_k is not None, LENS=call.kv_lens is not None, PAGED=page_table is not None,
         HAS_LSE=lse is not None, CHUNK=plan.chunk, EARLY_CHUNK=plan.early_chunk, EARLY=plan.early,
@@ -566,12 +604,12 @@ def prefill(call: AttentionCall, plan: AttentionPlan, schedule: AttentionSchedul
 
 
 @gluon.jit
-def _jobs(q_len, kv_len, window, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr,
-          WINDOW: gl.constexpr, FINE: gl.constexpr):  # fmt: skip
-    """First chunk and one past the last that a query of a sequence can see, and in how many jobs they are done.
+def _jobs_of(q_len, kv_len, window, span, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr,
+             WINDOW: gl.constexpr, FINE: gl.constexpr):  # fmt: skip
+    """First key that a query of a sequence can see, its chunk, one past the last chunk, and the number of jobs.
 
-    A job is one chunk if FINE, else the chunks within CHUNK keys. A sequence without keys has an empty job: its
-    result has to be written too.
+    A job is one chunk if FINE, else the chunks within ``span`` keys, a multiple of CHUNK counted from position 0. A
+    sequence without keys has an empty job: its result has to be written too.
     """
     first = kv_len * 0
     if WINDOW:
@@ -580,27 +618,61 @@ def _jobs(q_len, kv_len, window, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr,
     chunks = max(_chunk_of(max(kv_len, 1) - 1, CHUNK, EARLY_CHUNK, EARLY) + 1, first_chunk + 1)
     jobs = chunks - first_chunk
     if not FINE:
-        jobs = max((kv_len + CHUNK - 1) // CHUNK - first // CHUNK, 1)
+        jobs = max((kv_len + span - 1) // span - first // span, 1)
     return first, first_chunk, chunks, jobs
 
 
 @gluon.jit
-def _chunks_of(job, first, first_chunk, chunks, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr,
+def _chunks_of(job, first, first_chunk, chunks, span, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr,
                EARLY: gl.constexpr, FINE: gl.constexpr):  # fmt: skip
-    """The chunks of a job."""
-    if FINE:
-        return first_chunk + job, first_chunk + job + 1
-    span = (first // CHUNK + job) * CHUNK
-    begin = max(_chunk_of(span, CHUNK, EARLY_CHUNK, EARLY), first_chunk)
-    return begin, min(_chunk_of(span + CHUNK - 1, CHUNK, EARLY_CHUNK, EARLY) + 1, chunks)
+    """First and one past the last chunk of a job."""
+    begin = first_chunk + job
+    end = begin + 1
+    if not FINE:
+        start = (first // span + job) * span
+        begin = max(_chunk_of(start, CHUNK, EARLY_CHUNK, EARLY), first_chunk)
+        end = min(_chunk_of(start + span, CHUNK, EARLY_CHUNK, EARLY), chunks)
+    return begin, end
+
+
+@gluon.jit
+def _blocks_of(begin, end, first, kv_len, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr,
+               BLOCK_N: gl.constexpr):  # fmt: skip
+    """First and one past the last block of keys of the chunks from ``begin`` to before ``end``."""
+    last_key = min(_chunk_start(end, CHUNK, EARLY_CHUNK, EARLY), kv_len)
+    return max(_chunk_start(begin, CHUNK, EARLY_CHUNK, EARLY), first) // BLOCK_N, (last_key + BLOCK_N - 1) // BLOCK_N
+
+
+@gluon.jit
+def _job_at(
+    index, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, heads_kv, batch, window, span, WINDOW: gl.constexpr,
+    VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr, LENS: gl.constexpr, CHUNK: gl.constexpr,
+    EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr, FINE: gl.constexpr,
+):  # fmt: skip
+    """What producer and consumer want to know of a job: where it is (sequence, key head, number among the jobs of the
+    two, and whether there is such a job), the sequence (first query, first key, how many of each), what of it can be
+    seen (first key, its chunk, one past the last chunk, jobs), and the job's own chunks.
+
+    First jobs come first: they have most to do, and are there in every sequence.
+    """
+    head = index % heads_kv
+    seq = index // heads_kv % batch
+    job = index // (heads_kv * batch)
+    q_first, k_first, own_q, own_kv = _lengths(
+        seq, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, VARLEN_Q, VARLEN_K, LENS
+    )
+    first, first_chunk, chunks, jobs = _jobs_of(own_q, own_kv, window, span, CHUNK, EARLY_CHUNK, EARLY, WINDOW, FINE)
+    begin, end = _chunks_of(job, first, first_chunk, chunks, span, CHUNK, EARLY_CHUNK, EARLY, FINE)
+    where = (seq, head, job, (own_q > 0) & (job < jobs))
+    return where, (q_first, k_first, own_q, own_kv), (first, first_chunk, chunks, jobs), (begin, end)
 
 
 @gluon.jit
 def _decode_load(
     q_ptr, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, bars, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr,
     page_table_ptr, stride_page_table, stride_q_seq, stride_q_token, stride_q_head, q_token_rows, k_rows, most_jobs,
-    heads_kv, batch, window,
-    page_size, GROUP: gl.constexpr, WINDOW: gl.constexpr, VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr,
+    heads_kv, batch, window, span, page_size,
+    GROUP: gl.constexpr, WINDOW: gl.constexpr, VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr,
     LENS: gl.constexpr, PAGED: gl.constexpr, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr,
     FINE: gl.constexpr, ONE_QUERY: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, ROWS: gl.constexpr,
     HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
@@ -615,30 +687,28 @@ def _decode_load(
     # One flat loop: with a loop over sequences around one over their jobs, Triton 3.6's loop-aware CSE loses the
     # variable that carries a program's place from sequence to sequence, and jobs are done several times.
     for index in range(gl.program_id(0), most_jobs * batch * heads_kv, gl.num_programs(0)):
-        head = index % heads_kv
-        seq = index // heads_kv % batch
-        job = index // (heads_kv * batch)
-        q_first, k_first, own_q, own_kv = _lengths(
-            seq, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, VARLEN_Q, VARLEN_K, LENS
-        )
-        first_key, first_chunk, chunks, jobs = _jobs(own_q, own_kv, window, CHUNK, EARLY_CHUNK, EARLY, WINDOW, FINE)
-        if (own_q > 0) & (job < jobs):
-            begin, end = _chunks_of(job, first_key, first_chunk, chunks, CHUNK, EARLY_CHUNK, EARLY, FINE)
-            first = max(_chunk_start(begin, CHUNK, EARLY_CHUNK, EARLY), first_key) // BLOCK_N
-            last = (min(_chunk_start(end, CHUNK, EARLY_CHUNK, EARLY), own_kv) + BLOCK_N - 1) // BLOCK_N
+        where, sequence, seen, own = _job_at(
+            index, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, heads_kv, batch, window, span, WINDOW, VARLEN_Q,
+            VARLEN_K, LENS, CHUNK, EARLY_CHUNK, EARLY, FINE,
+        )  # fmt: skip
+        seq, head, _, exists = where
+        begin, end = own
+        q_first, k_first, own_q, own_kv = sequence
+        if exists:
+            first, last = _blocks_of(begin, end, seen[0], own_kv, CHUNK, EARLY_CHUNK, EARLY, BLOCK_N)
+            row = seq * k_seq_rows + k_first + head * k_head_rows
+            column = head * k_head_cols
             pages = page_table_ptr
             if PAGED:
                 pages = page_table_ptr + seq.to(gl.int64) * stride_page_table
             for block in range(first, last):
                 slot = step % STAGES
                 phase = (step // STAGES + 1) & 1
-                row = seq * k_seq_rows + k_first + head * k_head_rows + block * BLOCK_N
-                column = head * k_head_cols
+                rows = _rows_of(
+                    block, row, own_kv, pages, page_size, k_seq_rows, head * k_head_rows, PAGED, BLOCK_N, BOX
+                )
                 mbarrier.wait(k_empty.index(slot), phase)
-                _load_block(
-                    k_desc, row, column, k_full.index(slot), k_ring.index(slot), block, own_kv, pages, page_size,
-                    k_seq_rows, head * k_head_rows, PAGED, BLOCK_N, BOX, HEAD_DIM,
-                )  # fmt: skip
+                _load_block(k_desc, rows, column, k_full.index(slot), k_ring.index(slot), BLOCK_N, BOX, HEAD_DIM)
                 if block == first:
                     q_slot = turn % 2
                     mbarrier.wait(q_empty.index(q_slot), (turn // 2 + 1) & 1)
@@ -658,10 +728,7 @@ def _decode_load(
                         mbarrier.arrive(q_full.index(q_slot))
                     turn += 1
                 mbarrier.wait(v_empty.index(slot), phase)
-                _load_block(
-                    v_desc, row, column, v_full.index(slot), v_ring.index(slot), block, own_kv, pages, page_size,
-                    k_seq_rows, head * k_head_rows, PAGED, BLOCK_N, BOX, HEAD_DIM,
-                )  # fmt: skip
+                _load_block(v_desc, rows, column, v_full.index(slot), v_ring.index(slot), BLOCK_N, BOX, HEAD_DIM)
                 step += 1
 
 
@@ -701,15 +768,94 @@ def _decode_weights(s, m, p_tile, at, own_kv, pos, window, scale_log2, CAUSAL: g
 
 
 @gluon.jit
+def _decode_chunk(
+    chunk, first_key, q, k_ring, v_ring, p_tile, bars, step, own_kv, pos, window, scale_log2, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr,
+    T_LAYOUT: gl.constexpr, L_LAYOUT: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
+    HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+):  # fmt: skip
+    """State after the blocks of a chunk, from nothing, and how many blocks the ring has seen."""
+    k_full, k_empty, v_full, v_empty = bars[2], bars[3], bars[4], bars[5]
+    T_COLS: gl.constexpr = gl.SliceLayout(0, T_LAYOUT)
+    L_COLS: gl.constexpr = gl.SliceLayout(0, L_LAYOUT)
+    key = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, T_LAYOUT))
+    nothing = gl.zeros([BLOCK_N, ROWS], gl.float32, layout=T_LAYOUT)
+    first, last = _blocks_of(chunk, chunk + 1, first_key, own_kv, CHUNK, EARLY_CHUNK, EARLY, BLOCK_N)
+    m = gl.full([ROWS], float("-inf"), gl.float32, layout=T_COLS)
+    sums = gl.zeros([LANES, ROWS], gl.float32, layout=L_LAYOUT)
+    acc = gl.zeros([HEAD_DIM, ROWS], gl.float32, layout=T_LAYOUT)
+    if first < last:
+        mbarrier.wait(k_full.index(step % STAGES), step // STAGES & 1)
+        s = warpgroup_mma(k_ring.index(step % STAGES), q, nothing, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=(s,))
+        mbarrier.arrive(k_empty.index(step % STAGES))
+        for block in range(first, last - 1):
+            slot = step % STAGES
+            ahead = (step + 1) % STAGES
+            if WINDOW:  # noqa: SIM102 (decided when compiled; the condition inside is not)
+                if first_key > block * BLOCK_N:
+                    mbarrier.wait(v_full.index(slot), step // STAGES & 1)
+                    begin_row = first_key - block * BLOCK_N
+                    _clear_outside(v_ring.index(slot), begin_row, BLOCK_N, BLOCK_N, HEAD_DIM, WARPS)
+            mbarrier.wait(k_full.index(ahead), (step + 1) // STAGES & 1)
+            s_next = warpgroup_mma(k_ring.index(ahead), q, nothing, use_acc=False, is_async=True)
+            p, alpha, m = _decode_weights(
+                s, m, p_tile, block * BLOCK_N + key, own_kv, pos, window, scale_log2, CAUSAL, WINDOW
+            )
+            acc = acc * alpha[None, :]
+            mbarrier.wait(v_full.index(slot), step // STAGES & 1)
+            o_next = warpgroup_mma(v_ring.index(slot).permute((1, 0)), p_tile, acc, is_async=True)
+            shrink = gl.convert_layout(alpha, L_COLS)[None, :] + gl.zeros_like(sums)
+            sums = gl.fma(sums, shrink, _lanes_of(p, BLOCK_N, ROWS, L_LAYOUT, WARPS))
+            acc, s = warpgroup_mma_wait(0, deps=(o_next, s_next))
+            mbarrier.arrive(v_empty.index(slot))
+            mbarrier.arrive(k_empty.index(ahead))
+            step += 1
+        slot = step % STAGES
+        p, alpha, m = _decode_weights(
+            s, m, p_tile, (last - 1) * BLOCK_N + key, own_kv, pos, window, scale_log2, CAUSAL, WINDOW
+        )
+        acc = acc * alpha[None, :]
+        mbarrier.wait(v_full.index(slot), step // STAGES & 1)
+        begin_row = max(first_key - (last - 1) * BLOCK_N, 0)
+        end_row = own_kv - (last - 1) * BLOCK_N
+        if (begin_row > 0) | (end_row < BLOCK_N):
+            _clear_outside(v_ring.index(slot), begin_row, end_row, BLOCK_N, HEAD_DIM, WARPS)
+        o_next = warpgroup_mma(v_ring.index(slot).permute((1, 0)), p_tile, acc, is_async=True)
+        shrink = gl.convert_layout(alpha, L_COLS)[None, :] + gl.zeros_like(sums)
+        sums = gl.fma(sums, shrink, _lanes_of(p, BLOCK_N, ROWS, L_LAYOUT, WARPS))
+        acc = warpgroup_mma_wait(0, deps=(o_next,))
+        mbarrier.arrive(v_empty.index(slot))
+        step += 1
+    return m, sums, acc, step
+
+
+@gluon.jit
+def _store_part(place, m, sums, acc, rows, USED: gl.constexpr):
+    """The sums of a chunk, to a place of their own: (rows, HEAD_DIM), then (rows, LANES), then (rows,)."""
+    T_LAYOUT: gl.constexpr = acc.type.layout
+    L_LAYOUT: gl.constexpr = sums.type.layout
+    HEAD_DIM: gl.constexpr = acc.shape[0]
+    row = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, T_LAYOUT))
+    l_row = gl.arange(0, acc.shape[1], layout=gl.SliceLayout(0, L_LAYOUT))
+    offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(1, T_LAYOUT))
+    lane = gl.arange(0, LANES, layout=gl.SliceLayout(1, L_LAYOUT))
+    gl.store(place + row[None, :] * HEAD_DIM + offs_d[:, None], acc, mask=(row < rows)[None, :])
+    l_ptrs = place + USED * HEAD_DIM + l_row[None, :] * LANES + lane[:, None]
+    gl.store(l_ptrs, sums, mask=(l_row < rows)[None, :])
+    gl.store(place + USED * (HEAD_DIM + LANES) + row, m, mask=row < rows)
+
+
+@gluon.jit
 def _decode_attend(
     o_ptr, lse_ptr, partial_ptr, done_ptr, q_ring, k_ring, v_ring, p_tile, bars, q_len, kv_len, cu_q_ptr, cu_k_ptr,
     kv_lens_ptr, stride_o_seq, stride_o_token, stride_o_head, stride_lse_seq, stride_lse_head, most_chunks, most_jobs,
-    scale_log2, heads_kv, batch, window, GROUP: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    scale_log2, heads_kv, batch, window, span, GROUP: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
     VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr, LENS: gl.constexpr, HAS_LSE: gl.constexpr, CHUNK: gl.constexpr,
     EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr, FINE: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
-    USED: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    USED: gl.constexpr, AHEAD: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    q_full, q_empty, k_full, k_empty, v_full, v_empty = bars
+    q_full, q_empty = bars[0], bars[1]
     DTYPE: gl.constexpr = o_ptr.dtype.element_ty
     # Everything is turned on its side: keys run along the tensor core's long side, queries along its short one.
     T_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, ROWS, 16])
@@ -717,30 +863,23 @@ def _decode_attend(
     L_LAYOUT: gl.constexpr = gl.BlockedLayout([1, ROWS // 16], [2, 16], [WARPS, 1], [1, 0])
     L_COLS: gl.constexpr = gl.SliceLayout(0, L_LAYOUT)
     PARTIAL: gl.constexpr = (HEAD_DIM + 16) * USED
-    key = gl.arange(0, BLOCK_N, layout=gl.SliceLayout(1, T_LAYOUT))
     query = gl.arange(0, ROWS, layout=T_COLS)
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(1, T_LAYOUT))
-    lane = gl.arange(0, LANES, layout=gl.SliceLayout(1, L_LAYOUT))
-    l_query = gl.arange(0, ROWS, layout=L_COLS)
-    nothing = gl.zeros([BLOCK_N, ROWS], gl.float32, layout=T_LAYOUT)
     step = 0
     turn = 0
     for index in range(gl.program_id(0), most_jobs * batch * heads_kv, gl.num_programs(0)):
-        head = index % heads_kv
-        seq = index // heads_kv % batch
-        job = index // (heads_kv * batch)
-        q_first, _, own_q, own_kv = _lengths(
-            seq, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, VARLEN_Q, VARLEN_K, LENS
-        )
-        first_key, first_chunk, chunks, jobs = _jobs(own_q, own_kv, window, CHUNK, EARLY_CHUNK, EARLY, WINDOW, FINE)
-        if (own_q > 0) & (job < jobs):
-            begin, end = _chunks_of(job, first_key, first_chunk, chunks, CHUNK, EARLY_CHUNK, EARLY, FINE)
+        where, sequence, seen, own = _job_at(
+            index, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, heads_kv, batch, window, span, WINDOW, VARLEN_Q,
+            VARLEN_K, LENS, CHUNK, EARLY_CHUNK, EARLY, FINE,
+        )  # fmt: skip
+        seq, head, job, exists = where
+        begin, end = own
+        q_first, _, own_q, own_kv = sequence
+        first_key, first_chunk, chunks, jobs = seen
+        if exists:
             pos = own_kv - own_q + query // GROUP
-            used = query < own_q * GROUP
             tile = seq * heads_kv + head
             places = partial_ptr + tile.to(gl.int64) * most_chunks * PARTIAL
-            row = (q_first + query // GROUP).to(gl.int64)
-            column = head * GROUP + query % GROUP
             out = o_ptr + seq.to(gl.int64) * stride_o_seq
             out_lse = lse_ptr
             if HAS_LSE:
@@ -748,81 +887,53 @@ def _decode_attend(
             q = q_ring.index(turn % 2).permute((1, 0))
             if own_kv > 0:
                 mbarrier.wait(q_full.index(turn % 2), turn // 2 & 1)
-            for chunk in range(begin, end):
-                first = max(_chunk_start(chunk, CHUNK, EARLY_CHUNK, EARLY), first_key) // BLOCK_N
-                last = (min(_chunk_start(chunk + 1, CHUNK, EARLY_CHUNK, EARLY), own_kv) + BLOCK_N - 1) // BLOCK_N
+            if FINE:
+                m, sums, acc, step = _decode_chunk(
+                    begin, first_key, q, k_ring, v_ring, p_tile, bars, step, own_kv, pos, window, scale_log2, CAUSAL,
+                    WINDOW, CHUNK, EARLY_CHUNK, EARLY, T_LAYOUT, L_LAYOUT, BLOCK_N, ROWS, HEAD_DIM, STAGES, WARPS,
+                )  # fmt: skip
+            else:
                 m = gl.full([ROWS], float("-inf"), gl.float32, layout=T_COLS)
                 sums = gl.zeros([LANES, ROWS], gl.float32, layout=L_LAYOUT)
                 acc = gl.zeros([HEAD_DIM, ROWS], gl.float32, layout=T_LAYOUT)
-                if first < last:
-                    mbarrier.wait(k_full.index(step % STAGES), step // STAGES & 1)
-                    s = warpgroup_mma(k_ring.index(step % STAGES), q, nothing, use_acc=False, is_async=True)
-                    s = warpgroup_mma_wait(0, deps=(s,))
-                    mbarrier.arrive(k_empty.index(step % STAGES))
-                    for block in range(first, last - 1):
-                        slot = step % STAGES
-                        ahead = (step + 1) % STAGES
-                        if WINDOW:  # noqa: SIM102 (decided when compiled; the condition inside is not)
-                            if first_key > block * BLOCK_N:
-                                mbarrier.wait(v_full.index(slot), step // STAGES & 1)
-                                begin_row = first_key - block * BLOCK_N
-                                _clear_outside(v_ring.index(slot), begin_row, BLOCK_N, BLOCK_N, HEAD_DIM, WARPS)
-                        mbarrier.wait(k_full.index(ahead), (step + 1) // STAGES & 1)
-                        s_next = warpgroup_mma(k_ring.index(ahead), q, nothing, use_acc=False, is_async=True)
-                        p, alpha, m = _decode_weights(
-                            s, m, p_tile, block * BLOCK_N + key, own_kv, pos, window, scale_log2, CAUSAL, WINDOW
-                        )
-                        acc = acc * alpha[None, :]
-                        mbarrier.wait(v_full.index(slot), step // STAGES & 1)
-                        o_next = warpgroup_mma(v_ring.index(slot).permute((1, 0)), p_tile, acc, is_async=True)
-                        shrink = gl.convert_layout(alpha, L_COLS)[None, :] + gl.zeros_like(sums)
-                        sums = gl.fma(sums, shrink, _lanes_of(p, BLOCK_N, ROWS, L_LAYOUT, WARPS))
-                        acc, s = warpgroup_mma_wait(0, deps=(o_next, s_next))
-                        mbarrier.arrive(v_empty.index(slot))
-                        mbarrier.arrive(k_empty.index(ahead))
-                        step += 1
-                    slot = step % STAGES
-                    p, alpha, m = _decode_weights(
-                        s, m, p_tile, (last - 1) * BLOCK_N + key, own_kv, pos, window, scale_log2, CAUSAL, WINDOW
-                    )
-                    acc = acc * alpha[None, :]
-                    mbarrier.wait(v_full.index(slot), step // STAGES & 1)
-                    begin_row = max(first_key - (last - 1) * BLOCK_N, 0)
-                    end_row = own_kv - (last - 1) * BLOCK_N
-                    if (begin_row > 0) | (end_row < BLOCK_N):
-                        _clear_outside(v_ring.index(slot), begin_row, end_row, BLOCK_N, HEAD_DIM, WARPS)
-                    o_next = warpgroup_mma(v_ring.index(slot).permute((1, 0)), p_tile, acc, is_async=True)
-                    shrink = gl.convert_layout(alpha, L_COLS)[None, :] + gl.zeros_like(sums)
-                    sums = gl.fma(sums, shrink, _lanes_of(p, BLOCK_N, ROWS, L_LAYOUT, WARPS))
-                    acc = warpgroup_mma_wait(0, deps=(o_next,))
-                    mbarrier.arrive(v_empty.index(slot))
-                    step += 1
-                if chunks - first_chunk == 1:
-                    whole = gl.convert_layout(gl.reshape(_fold_keys(sums, LANES, 1, ROWS), [ROWS]), T_COLS)
-                    result = gl.where((whole == 0.0)[None, :], 0.0, acc * (1.0 / whole)[None, :]) + 0.0
-                    o_ptrs = out + (row * stride_o_token + column * stride_o_head)[None, :] + offs_d[:, None]
-                    gl.store(o_ptrs, result.to(DTYPE), mask=used[None, :])
-                    if HAS_LSE:
-                        lse = gl.where(whole == 0.0, float("-inf"), (m + gl.log2(whole)) * 0.6931471805599453)
-                        gl.store(out_lse + query % GROUP * stride_lse_head + query // GROUP, lse, mask=used)
-                else:
-                    # The chunk's sums, to a place of their own: (rows, HEAD_DIM), then (rows, LANES), then (rows,).
-                    place = places + (chunk - first_chunk) * PARTIAL
-                    gl.store(place + query[None, :] * HEAD_DIM + offs_d[:, None], acc, mask=used[None, :])
-                    l_ptrs = place + USED * HEAD_DIM + l_query[None, :] * LANES + lane[:, None]
-                    gl.store(l_ptrs, sums, mask=(l_query < own_q * GROUP)[None, :])
-                    gl.store(place + USED * (HEAD_DIM + LANES) + query, m, mask=used)
+                for chunk in range(begin, end):
+                    m_next, sums_next, acc_next, step = _decode_chunk(
+                        chunk, first_key, q, k_ring, v_ring, p_tile, bars, step, own_kv, pos, window, scale_log2,
+                        CAUSAL, WINDOW, CHUNK, EARLY_CHUNK, EARLY, T_LAYOUT, L_LAYOUT, BLOCK_N, ROWS, HEAD_DIM,
+                        STAGES, WARPS,
+                    )  # fmt: skip
+                    if job == 0:  # all chunks to the left are here
+                        a, b, m = _weights_of(m, m_next)
+                        acc = gl.fma(acc_next, b[None, :] + gl.zeros_like(acc), acc * a[None, :])
+                        b_l = gl.convert_layout(b, L_COLS)[None, :] + gl.zeros_like(sums)
+                        sums = gl.fma(sums_next, b_l, sums * gl.convert_layout(a, L_COLS)[None, :])
+                    else:
+                        place = places + (chunk - first_chunk) * PARTIAL
+                        _store_part(place, m_next, sums_next, acc_next, own_q * GROUP, USED)
             if own_kv > 0:
                 mbarrier.arrive(q_empty.index(turn % 2))
                 turn += 1
-            if chunks - first_chunk > 1:
+            if jobs == 1:
+                total = gl.convert_layout(gl.reshape(_fold_keys(sums, LANES, 1, ROWS), [ROWS]), T_COLS)
+                result = gl.where((total == 0.0)[None, :], 0.0, acc * (1.0 / total)[None, :]) + 0.0
+                used = query < own_q * GROUP
+                token = (q_first + query // GROUP).to(gl.int64)
+                o_cols = token * stride_o_token + (head * GROUP + query % GROUP) * stride_o_head
+                gl.store(out + o_cols[None, :] + offs_d[:, None], result.to(DTYPE), mask=used[None, :])
+                if HAS_LSE:
+                    lse = gl.where(total == 0.0, float("-inf"), (m + gl.log2(total)) * 0.6931471805599453)
+                    gl.store(out_lse + query % GROUP * stride_lse_head + query // GROUP, lse, mask=used)
+            else:
+                if FINE | (job == 0):  # to the place of its last chunk: so what is to be merged lies in one piece
+                    _store_part(places + (end - 1 - first_chunk) * PARTIAL, m, sums, acc, own_q * GROUP, USED)
                 wait_for_all_threads()
                 if gl.atomic_add(done_ptr + tile, 1, sem="acq_rel") == jobs - 1:
                     wait_for_all_threads()
+                    _, merged = _chunks_of(0, first_key, first_chunk, chunks, span, CHUNK, EARLY_CHUNK, EARLY, FINE)
                     _merge_all(
-                        places, out, out_lse, chunks - first_chunk, q_first, head, own_q, stride_o_token,
-                        stride_o_head,
-                        stride_lse_head, GROUP, HAS_LSE, USED, HEAD_DIM, PARTIAL, WARPS,
+                        places + (merged - 1 - first_chunk) * PARTIAL, out, out_lse, chunks - merged + 1, q_first,
+                        head, own_q, stride_o_token, stride_o_head, stride_lse_head, GROUP, HAS_LSE, USED, HEAD_DIM,
+                        PARTIAL, AHEAD, WARPS,
                     )  # fmt: skip
                     gl.store(done_ptr + tile, 0)  # as the next launch wants to find it
 
@@ -831,9 +942,9 @@ def _decode_attend(
 def _merge_all(
     places, out, out_lse, chunks, q_first, head, own_q, stride_o_token, stride_o_head, stride_lse_head,
     GROUP: gl.constexpr, HAS_LSE: gl.constexpr, USED: gl.constexpr, HEAD_DIM: gl.constexpr, PARTIAL: gl.constexpr,
-    WARPS: gl.constexpr,
+    AHEAD: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
-    """Merge the chunks of a tile left to right, as the plan says, and write the result.
+    """Merge what the jobs of a tile have put by, left to right, as the plan says, and write the result.
 
     Every column of a row carries along one of the row's lanes, so that nothing has to change hands on the way.
     """
@@ -849,11 +960,10 @@ def _merge_all(
     m_all = gl.full([USED], float("-inf"), gl.float32, layout=ROWS)
     l_all = gl.zeros([USED, HEAD_DIM], gl.float32, layout=LAYOUT)
     total = gl.zeros([USED, HEAD_DIM], gl.float32, layout=LAYOUT)
-    UNROLL: gl.constexpr = max(8 * 32 * WARPS * 2 // (USED * HEAD_DIM), 1)
-    for start in range(0, chunks, UNROLL):
+    for start in range(0, chunks, AHEAD):
         # A chunk past the last one reads as nothing, and nothing changes no bit: so the loads can go in groups.
         # They go past L1, which may hold what lay there before.
-        for ahead in gl.static_range(UNROLL):
+        for ahead in gl.static_range(AHEAD):
             inside = used & (start + ahead < chunks)
             o_part = gl.load(o_ptrs + ahead * PARTIAL, mask=inside[:, None], other=0.0, cache_modifier=".cg")
             l_part = gl.load(l_ptrs + ahead * PARTIAL, mask=inside[:, None], other=0.0, cache_modifier=".cg")
@@ -862,9 +972,9 @@ def _merge_all(
             b = b[:, None] + gl.zeros_like(total)
             total = gl.fma(o_part, b, total * a[:, None])
             l_all = gl.fma(l_part, b, l_all * a[:, None])
-        o_ptrs += UNROLL * PARTIAL
-        l_ptrs += UNROLL * PARTIAL
-        m_ptrs += UNROLL * PARTIAL
+        o_ptrs += AHEAD * PARTIAL
+        l_ptrs += AHEAD * PARTIAL
+        m_ptrs += AHEAD * PARTIAL
     # Every stretch of LANES columns holds the same lanes, and the largest of equals is any of them.
     lanes = gl.reshape(l_all, [USED * HEAD_DIM // LANES, LANES])
     sums = gl.max(gl.reshape(_fold(lanes, LANES, 1), [USED, HEAD_DIM // LANES]), axis=1)
@@ -878,17 +988,17 @@ def _merge_all(
         gl.store(out_lse + row % GROUP * stride_lse_head + row // GROUP, lse, mask=used)
 
 
-@gluon.jit(do_not_specialize=["q_len", "kv_len", "batch", "most_chunks", "most_jobs"])
+@gluon.jit(do_not_specialize=["q_len", "kv_len", "batch", "most_chunks", "most_jobs", "span"])
 def _attention_decode_kernel(
     q_ptr, q_desc, k_desc, v_desc, o_ptr, lse_ptr, partial_ptr, done_ptr, cu_q_ptr, cu_k_ptr, kv_lens_ptr,
     page_table_ptr,
     stride_page_table, stride_q_seq, stride_q_token, stride_q_head, stride_o_seq, stride_o_token, stride_o_head,
     stride_lse_seq, stride_lse_head, q_token_rows, k_seq_rows, k_head_rows, k_head_cols, q_len, kv_len, most_chunks,
-    most_jobs, heads_kv,
-    batch, window, page_size, scale_log2, GROUP: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
+    most_jobs, heads_kv, batch, window, span, page_size, scale_log2,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
     VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr, LENS: gl.constexpr, PAGED: gl.constexpr, HAS_LSE: gl.constexpr,
     CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr, FINE: gl.constexpr, ONE_QUERY: gl.constexpr,
-    BLOCK_N: gl.constexpr, BOX: gl.constexpr, ROWS: gl.constexpr, USED: gl.constexpr,
+    BLOCK_N: gl.constexpr, BOX: gl.constexpr, ROWS: gl.constexpr, USED: gl.constexpr, AHEAD: gl.constexpr,
     HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, RING_LAYOUT: gl.constexpr, P_LAYOUT: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
@@ -919,16 +1029,13 @@ def _attention_decode_kernel(
             (_decode_attend, (o_ptr, lse_ptr, partial_ptr, done_ptr, q_ring, k_ring, v_ring, p_tile, bars, q_len,
                               kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, stride_o_seq, stride_o_token, stride_o_head,
                               stride_lse_seq, stride_lse_head, most_chunks, most_jobs, scale_log2, heads_kv, batch,
-                              window, GROUP,
-                              CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, HAS_LSE, CHUNK, EARLY_CHUNK, EARLY, FINE,
-                              BLOCK_N,
-                              ROWS, USED, HEAD_DIM, STAGES, num_warps)),
+                              window, span, GROUP, CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, HAS_LSE, CHUNK,
+                              EARLY_CHUNK, EARLY, FINE, BLOCK_N, ROWS, USED, AHEAD, HEAD_DIM, STAGES, num_warps)),
             (_decode_load, (q_ptr, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, bars, q_len, kv_len, cu_q_ptr,
-                            cu_k_ptr,
-                            kv_lens_ptr, page_table_ptr, stride_page_table, stride_q_seq, stride_q_token,
-                            stride_q_head, q_token_rows, k_rows, most_jobs, heads_kv, batch, window, page_size, GROUP,
-                            WINDOW, VARLEN_Q, VARLEN_K, LENS, PAGED, CHUNK, EARLY_CHUNK, EARLY, FINE, ONE_QUERY,
-                            BLOCK_N, BOX, ROWS, HEAD_DIM, STAGES)),
+                            cu_k_ptr, kv_lens_ptr, page_table_ptr, stride_page_table, stride_q_seq, stride_q_token,
+                            stride_q_head, q_token_rows, k_rows, most_jobs, heads_kv, batch, window, span, page_size,
+                            GROUP, WINDOW, VARLEN_Q, VARLEN_K, LENS, PAGED, CHUNK, EARLY_CHUNK, EARLY, FINE,
+                            ONE_QUERY, BLOCK_N, BOX, ROWS, HEAD_DIM, STAGES)),
         ],
         [1],
         [96],
@@ -936,11 +1043,20 @@ def _attention_decode_kernel(
     # fmt: on
 
 
+def chunks_ahead(chunks: int, elements: int) -> int:
+    """How many chunks of ``elements`` weighted values a merge loads before it adds up the first.
+
+    More hide the way to L2 where chunks are many, and are only more instructions where they are few.
+    """
+    registers = max(elements // 128, 1)  # of a thread, for one chunk
+    return max(min((64 if chunks > 16 else 16) // registers, 16), 1)
+
+
 def decode(
     call: AttentionCall, plan: AttentionPlan, schedule: AttentionSchedule, counters: torch.Tensor, sms: int
 ) -> None:
-    """Fill ``call.out`` and ``call.lse``: a job is a chunk (or, unless ``schedule.split``, ``plan.chunk`` keys) of a
-    sequence and key head; the last of them to finish, by ``counters``, merges the chunks.
+    """Fill ``call.out`` and ``call.lse`` by jobs of ``schedule.span`` keys of a sequence and key head, or of a chunk.
+    The last one to finish, by ``counters``, merges what they have put by.
     """
     q, k, v, out, lse, page_table = call.q, call.k, call.v, call.out, call.lse, call.page_table
     heads_q, head_dim, dtype = q.shape[2], q.shape[3], GLUON_TYPES[q.dtype]
@@ -956,21 +1072,23 @@ def decode(
     layout = gl.NVMMASharedLayout.get_default_for([rows, head_dim], dtype)
     q_desc = TensorDescriptor(q, [q_rows, head_dim], [head_dim, 1], [rows, head_dim], layout)
     most_chunks = max(plan.chunks(call.kv_len), 1)
-    most_jobs = most_chunks if schedule.split else max(-(-call.kv_len // plan.chunk), 1)
+    fine = schedule.span == plan.early_chunk
+    most_jobs = most_chunks if fine else max(-(-call.kv_len // schedule.span), 1)
     tiles = call.batch * call.heads_kv
-    partial = scratch(tiles * most_chunks * used * (head_dim + 16), q.device)
+    partial = scratch(tiles * most_chunks * used * (head_dim + 16) if most_jobs > 1 else 1, q.device)
     stride_q, stride_o = (0 if call.cu_q is not None else x.stride(0) for x in (q, out))
     launch(
         _attention_decode_kernel, (min(sms, tiles * most_jobs),),
         q, q_desc, k_desc, v_desc, out, lse, partial, counters, call.cu_q, call.cu_k, call.kv_lens, page_table,
         0 if page_table is None else page_table.stride(0), stride_q, *q.stride()[1:3], stride_o, *out.stride()[1:3],
         *_lse_strides(call), step // head_dim, *k_rows, call.q_len, call.kv_len,
-        most_chunks, most_jobs,
-        call.heads_kv, call.batch, call.window or 0, k.shape[1], call.scale_log2, GROUP=call.group,
+        most_chunks, most_jobs, call.heads_kv, call.batch, call.window or 0, schedule.span, k.shape[1],
+        call.scale_log2, GROUP=call.group,
         CAUSAL=call.causal, WINDOW=call.window is not None, VARLEN_Q=call.cu_q is not None,
         VARLEN_K=call.cu_k is not None, LENS=call.kv_lens is not None, PAGED=page_table is not None,
         HAS_LSE=lse is not None, CHUNK=plan.chunk, EARLY_CHUNK=plan.early_chunk, EARLY=plan.early,
-        FINE=schedule.split, ONE_QUERY=one_query, BLOCK_N=plan.block, BOX=box, ROWS=rows, USED=used,
+        FINE=fine, ONE_QUERY=one_query, BLOCK_N=plan.block, BOX=box, ROWS=rows, USED=used,
+        AHEAD=chunks_ahead(most_chunks, used * head_dim),
         HEAD_DIM=head_dim, STAGES=schedule.num_stages,
         RING_LAYOUT=gl.NVMMASharedLayout.get_default_for([plan.block, head_dim], dtype),
         P_LAYOUT=gl.NVMMASharedLayout.get_default_for([plan.block, rows], dtype),

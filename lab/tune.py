@@ -29,10 +29,13 @@ from kernels import tuned
 from kernels.matmul import (
     PERSISTENT_TILES,
     SPECIALISED,
+    THIN,
     MatmulSchedule,
+    choose_schedule,
     estimate_us,
     has_wgmma,
     matmul,
+    sm_count,
     specialised_schedule,
 )
 from kernels.plan import MatmulPlan, plan_matmul
@@ -50,9 +53,10 @@ VOCABULARY = 128256
 """Outputs of the last layer, which both models have and which ``MODELS`` leaves out: it runs once a token."""
 TENSOR_PARALLEL = (1, 2, 4, 8)
 VARIANTS = 12
-"""Most different kernels for one model on one number of GPUs; a schedule counts once for each number of chunks."""
+"""Most different kernels for one model on one number of GPUs; a schedule counts once for each number of chunks.
+Those that the rule takes for few rows are among them: a table has what is left."""
 FINALISTS = 3
-TOKENS = (16, 32, 64, 112, 128, 192, 256, 384, 512, 640, 777, 1024, 1536, 2048, 4096, 8192)
+TOKENS = (64, 112, 128, 192, 256, 384, 512, 640, 777, 1024, 1536, 2048, 4096, 8192)
 """Batches that are tuned; one in between runs as the next larger one does, so they lie close where tiles are few."""
 
 Variant = tuple[int, MatmulSchedule]
@@ -128,6 +132,16 @@ def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 6) -> 
 def rows_of(n: int, tokens: Iterable[int]) -> list[int]:
     """Those of ``tokens`` that a weight of ``n`` outputs is tuned for: the last layer is given few rows at a time."""
     return sorted(m for m in tokens if m <= 512 or n not in [VOCABULARY // tp for tp in TENSOR_PARALLEL])
+
+
+def thin_variants(shapes: Iterable[tuple[int, int]], sms: int, wgmma: bool) -> set[Variant]:
+    """What the rule takes for few rows of these weights (n, k), whatever a table says."""
+    plans = {(n, k): plan_matmul(n, k, 2) for n, k in shapes}
+    return {
+        (plan.chunks, choose_schedule(m, n, plan, 2, True, sms, wgmma))
+        for (n, _), plan in plans.items()
+        for m in range(1, THIN + 1)
+    }
 
 
 def reference_schedule(m: int) -> MatmulSchedule:
@@ -254,7 +268,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("tuning measures on a GPU, and torch sees none here")
     shapes = set().union(*(layers(model, tp) for model, tp in product(options.model, options.tp)))
     compile_all(shapes, options.m)
-    path = tuned.path_of(device.name)
+    path, gpu = tuned.path_of(device.name), torch.device("cuda", torch.cuda.current_device())
     table = {}
     if path.is_file():
         old = json.loads(path.read_text())
@@ -268,7 +282,8 @@ def main(arguments: list[str] | None = None) -> int:
             for m in rows_of(n, options.m):
                 found = time_candidates(m, weights)
                 times[n, k, m] = {(chunks, schedule): time for schedule, time in found.items()}
-        chosen = fastest_few(times, VARIANTS)
+        thin = thin_variants(layers(model, tp), sm_count(gpu), has_wgmma(gpu))
+        chosen = fastest_few(times, VARIANTS - len(thin))
         for n, k in layers(model, tp):
             table[n, k] = {m: _fields(chosen[n, k, m][1]) for m in rows_of(n, options.m)}
         speed = [1 / times[point][variant] for point, variant in chosen.items()]

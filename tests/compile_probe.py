@@ -204,6 +204,7 @@ def attention_hopper_cases(target: str):
         for fine, rows, used in ((False, 16, 4), (True, 16, 4), (False, most, most)):
             layout = gl.NVMMASharedLayout.get_default_for([plan.block, rows], gl.bfloat16)
             few = {"GROUP": 4, "FINE": fine, "ONE_QUERY": not full, "ROWS": rows, "USED": used, "P_LAYOUT": layout}
+            few["AHEAD"] = attention_hopper.chunks_ahead(1 if fine else 99, used * head_dim)
             boxes["q_desc"] = (rows, head_dim)
             decode = gluon_case(attention_hopper._attention_decode_kernel, boxes, constants | few, pointers)
             yield f"attention specialised=True decode of {head_dim}, {full=}, {fine=}, {rows=}", *decode

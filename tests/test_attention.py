@@ -56,10 +56,9 @@ def all_schedules(head_dim, rows=1 << 30):
     schedules = [replace(tile, split=split) for tile, split in itertools.product(tiles, (False, True))]
     if has_wgmma(torch.device(DEVICE)) and head_dim <= 128:
         schedules.append(AttentionSchedule(128, 8, 2, specialised=True))
-        if rows <= 64:
-            block_m = max(16, triton.next_power_of_2(rows))
-            thin = AttentionSchedule(block_m, 4, 2, swap=True, specialised=True)
-            schedules += [replace(thin, split=split, num_stages=2) for split in (False, True)]
+        thin = AttentionSchedule(max(16, triton.next_power_of_2(rows)), 4, 2, swap=True, specialised=True)
+        spans = [replace(thin, span=span) for span in (512, 1024, 4096, 1 << 20)]
+        schedules += [schedule for schedule in spans if schedule.fits(rows, plan_attention(head_dim, 2))]
     return schedules
 
 
@@ -627,6 +626,118 @@ def test_default_schedules_are_ones_the_kernel_has():
             assert schedule.block_m & (schedule.block_m - 1) == 0
             assert schedule.block_m >= 16
             assert not schedule.split or plan.chunks(kv_len) > 1
+            for ragged in (False, True)[: 2 * (head_dim <= 128)]:
+                hopper = choose_schedule(q_len, batch, 8, group, kv_len, plan, sms, shared, True, ragged)
+                assert hopper.fits(q_len * group, plan) == hopper.swap == (q_len * group <= 64)
+                assert not ragged or (hopper.span or 0) <= at.MOST_UNKNOWN_SPAN
+
+
+def test_jobs_fill_the_gpu_and_are_no_more_than_that():
+    plan = plan_attention(128, 2)
+    for batch, kv_len, span, ragged_span in (
+        (1, 512, 512, 512),  # one chunk, one job
+        (1, 1024, 512, 512),  # 16 jobs: SMs are left idle, so as short as they can be
+        (1, 4096, 512, 512),
+        (4, 4096, 1024, 512),  # 128 jobs, one for each SM; and two each for half the SMs
+        (1, 32768, 2048, 1024),
+        (16, 32768, 32768, 4096),  # a tile for each SM
+        (64, 8192, 8192, 4096),
+    ):
+        choices = [
+            choose_schedule(1, batch, 8, 4, kv_len, plan, 132, specialised=True, ragged=r).span for r in (0, 1)
+        ]
+        assert choices == [span, ragged_span], (batch, kv_len)
+    for kv_len in (700, 1024, 5000, 40_000):
+        assert at.choose_span(132, kv_len, plan, 132, False) >= kv_len, "a job for each SM"
+        assert at.choose_span(1000 * 132, kv_len, plan, 132, False) >= kv_len, "nothing to merge"
+
+
+@pytest.fixture
+def hopper(monkeypatch):
+    """The module of Hopper's kernels, its arithmetic as Python."""
+    module = pytest.importorskip("kernels.attention_hopper")
+    for name in (
+        "_chunk_of",
+        "_chunk_start",
+        "_lengths",
+        "_jobs_of",
+        "_chunks_of",
+        "_blocks_of",
+        "_job_at",
+        "_tile_of",
+    ):
+        monkeypatch.setattr(module, name, getattr(module, name).fn)
+    return module
+
+
+@pytest.mark.parametrize("span", [512, 1024, 2048, 3072, 1 << 20])
+@pytest.mark.parametrize("window", [None, 1, 700, 5000])
+def test_every_block_in_sight_is_in_one_job(span, window, hopper):
+    """Jobs of a sequence are its chunks, in order; what they put by lies in one piece behind the first job's."""
+    plan, heads_kv, batch = plan_attention(128, 2), 2, 3
+    sizes, fine = (plan.chunk, plan.early_chunk, plan.early), span == plan.early_chunk
+    for q_len, kv_len in itertools.product(
+        (1, 3), (0, 1, 2, 127, 511, 512, 513, 1024, 1025, 4096, 4097, 5120, 5121, 9000)
+    ):
+        most_jobs = plan.chunks(kv_len) if fine else -(-kv_len // span)
+        found = {}
+        for index in range(max(most_jobs, 1) * heads_kv * batch):
+            (seq, head, job, exists), sequence, seen, own = hopper._job_at(
+                index, q_len, kv_len, None, None, None, heads_kv, batch, window or 0, span, window is not None, False,
+                False, False, *sizes, fine,
+            )  # fmt: skip
+            assert sequence == (0, 0, q_len, kv_len)
+            if exists:
+                found.setdefault((seq, head), []).append((job, seen, own))
+        assert len(found) == heads_kv * batch
+        low = max(kv_len - q_len - window + 1, 0) if window else 0
+        for entries in found.values():
+            first, first_chunk, chunks, jobs = entries[0][1]
+            owned = [own for _, _, own in entries]
+            assert [job for job, _, _ in entries] == list(range(jobs))
+            assert (first, first_chunk) == (low, plan.chunk_of(low))
+            assert (owned[0][0], owned[-1][1]) == (first_chunk, chunks)
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(owned))
+            assert all(end == begin + 1 for begin, end in owned) or not fine
+            blocks = [hopper._blocks_of(*own, low, kv_len, *sizes, plan.block) for own in owned]
+            assert (blocks[0][0], blocks[-1][1]) == (low // plan.block, -(-kv_len // plan.block))
+            assert all(a[1] == b[0] and a[0] < a[1] for a, b in itertools.pairwise(blocks))
+            one_by_one = [
+                hopper._blocks_of(chunk, chunk + 1, low, kv_len, *sizes, plan.block)
+                for begin, end in owned
+                for chunk in range(begin, end)
+            ]
+            assert (one_by_one[0][0], one_by_one[-1][1]) == (blocks[0][0], blocks[-1][1])
+            assert all(a[1] == b[0] for a, b in itertools.pairwise(one_by_one))
+
+
+@pytest.mark.parametrize("together", [1, 4, 12, 16, 24])
+def test_every_query_tile_is_visited_once_by_sections_of_heads(together, hopper):
+    heads, batch, q_tiles = 8, 3, 5
+    order = [hopper._tile_of(tile, heads, batch, q_tiles, together, 128) for tile in range(heads * batch * q_tiles)]
+    assert sorted(order) == sorted(itertools.product(range(batch), range(heads), range(0, 128 * q_tiles, 128)))
+    for first in range(0, heads * batch, together):
+        section = order[first * q_tiles : (first + together) * q_tiles]
+        lines = [seq * heads + head for seq, head, _ in section]
+        assert set(lines) == set(range(first, min(first + together, heads * batch)))
+        assert [start for *_, start in section] == sorted((start for *_, start in section), reverse=True)
+
+
+def test_sections_are_whole_groups_of_what_the_cache_holds(hopper):
+    def together(batch, q_len, kv_len, heads_kv=8):
+        q, k = (
+            torch.empty(batch, q_len, 32, 128, device="meta"),
+            torch.empty(batch, kv_len, heads_kv, 128, device="meta"),
+        )
+        call = at.AttentionCall(q.half(), k.half(), k.half(), q, None, True, None, 1.0, batch, q_len, kv_len)
+        return hopper._heads_together(call)
+
+    assert together(16, 4096, 4096) == 16 * 4  # a key head takes 2 MB
+    assert together(4, 4096, 4096) == 32 * 4  # two sections would do: all at once
+    assert together(4, 4096, 4096, 32) == 16
+    assert together(1, 4096, 4096) == 32  # all there are
+    assert together(1, 100, 10**6) == 4  # a group at least
+    assert together(16, 8192, 8192) == 16 * 32  # many query tiles: all at once
 
 
 def test_no_plan_can_see_a_length():

@@ -93,6 +93,82 @@ def test_schedules_are_free(dtype, head_dim, options, every):
     assert [len(group) for group in groups.values()] == [len(schedules)], list(groups.values())
 
 
+SPANS = [512, 1024, 4096, 1 << 20]
+RAGGED = [0, 1, 127, 511, 512, 513, 1024, 1025, 4095, 4096, 4097, 5120, 5121, 9000]
+
+
+def decoding(span, block_m=16):
+    """Hopper's kernel for decoding, or a skip."""
+    if not at.has_wgmma(torch.device("cuda")):
+        pytest.skip("needs a Hopper GPU")
+    return AttentionSchedule(block_m, 4, 2, swap=True, specialised=True, span=span)
+
+
+@pytest.mark.parametrize("window", [None, 1, 700, 5000])
+@pytest.mark.parametrize(("head_dim", "q_len", "heads"), [(128, 1, (8, 2)), (64, 3, (8, 1))])
+def test_every_span_has_the_bits_of_the_plain_kernel(head_dim, q_len, heads, window):
+    """Each sequence of a length of its own, in one tensor and paged; all of one length."""
+    lens = RAGGED * 3
+    q, k, v = qkv(len(lens), q_len, max(lens), *heads, head_dim)
+    block_m = max(16, triton.next_power_of_2(q_len * heads[0] // heads[1]))
+    plain = AttentionSchedule(block_m, 4, 2, swap=True)
+    ragged = {"kv_lens": int32(lens), "window": window, "return_lse": True}
+    caches = paged(k, v, lens, 32)
+    packed = q.flatten(0, 1), *caches, int32(lens), starts([q_len] * len(lens)), q_len
+    even = [x[:20, :5300] for x in (q, k, v)]
+
+    def results(schedule):
+        return [
+            with_lse(*attention(q, k, v, schedule=schedule, **ragged)),
+            with_lse(*attention_paged(*packed, window=window, return_lse=True, schedule=schedule)),
+            attention(*even, window=window, schedule=schedule),
+        ]
+
+    want = results(plain)
+    for span in SPANS:
+        for what, got, expected in zip(
+            ("ragged", "paged", "even"), results(decoding(span, block_m)), want, strict=True
+        ):
+            assert same_bits(got, expected), f"span {span}, {what}"
+
+
+@pytest.mark.parametrize("span", SPANS)
+def test_a_captured_span_leaves_its_counters_at_zero(span, monkeypatch):
+    q, k, v = qkv(5, 1, 9000)
+    lens = int32([9000, 600, 0, 4097, 8192])
+    schedule = decoding(span)
+    eager = attention(q, k, v, kv_lens=lens, schedule=schedule)
+    counters = torch.zeros(64, dtype=torch.int32, device="cuda")
+    monkeypatch.setattr(at, "finished_counters", lambda tiles, device: counters[:tiles])
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = attention(q, k, v, kv_lens=lens, schedule=schedule)
+    for _ in range(3):
+        captured.fill_(NAN)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert_same(captured, eager)
+        assert not counters.any()
+
+
+@pytest.mark.parametrize("size", [1, 1 << 20, 3 << 20, 1 << 40])
+def test_heads_of_a_prefill_may_come_in_any_sections(size, monkeypatch):
+    decoding(512)
+    from kernels import attention_hopper
+
+    q, k, v = qkv(3, 1100, 2300)
+    want = attention(q, k, v, schedule=AttentionSchedule(64, 4, 2))
+    monkeypatch.setattr(attention_hopper, "SECTION_BYTES", size)
+    assert_same(attention(q, k, v, schedule=AttentionSchedule(128, 8, 2, specialised=True)), want)
+
+
+def test_a_span_that_cuts_a_chunk_is_refused():
+    q, k, v = qkv(1, 1, 300)
+    for schedule in (decoding(256), decoding(None), decoding(1000), decoding(1024, 64)):
+        with pytest.raises(ValueError, match=f"span={schedule.span}"):
+            attention(q, k, v, schedule=schedule)
+
+
 def test_schedules_are_free_for_rows_of_any_kind():
     """Rows that see nothing, no whole block, exactly a chunk, one key of the next; infinities and NaN among them."""
     q, k, v = qkv(8, 5, 4200)
@@ -100,7 +176,8 @@ def test_schedules_are_free_for_rows_of_any_kind():
     q[:, 1, 0, 3], q[:, 2, 1, 5], k[:, 40, :, 0] = float("inf"), NAN, -float("inf")
     v[5, 1000], v[6, 1023] = float("inf"), NAN
     groups = distinct_results(
-        lambda s: with_lse(*attention(q, k, v, kv_lens=lens, schedule=s, return_lse=True)), all_schedules(128)[::2]
+        lambda s: with_lse(*attention(q, k, v, kv_lens=lens, schedule=s, return_lse=True)),
+        all_schedules(128, 20)[::2],
     )
     assert len(groups) == 1, list(groups.values())
 
@@ -190,7 +267,7 @@ def test_prefill_chunked_prefill_and_decode_agree(head_dim, dtype, window, heads
         assert_same(got[0], whole[0, [token]], f"token {token} alone")
 
 
-@pytest.mark.parametrize("schedule", [None, *all_schedules(128)[::5]])
+@pytest.mark.parametrize("schedule", [None, *all_schedules(128, 4)[::5]])
 def test_decode_step_by_step_is_the_prefill(schedule):
     q, k, v = qkv(1, 1300, 1300)
     whole = attention(q, k, v)
@@ -271,7 +348,7 @@ def test_pages_before_the_window_may_be_gone():
     for cache in (k_cache, v_cache):
         cache[table[0, :gone].long()] = NAN
     table[0, :gone] = -1
-    for schedule in (None, *all_schedules(128)[::3]):
+    for schedule in (None, *all_schedules(128, 4)[::3]):
         arguments = q[0], k_cache, v_cache, table, int32([3000]), starts([1]), 1
         assert_same(attention_paged(*arguments, window=1100, schedule=schedule), want, schedule)
 

@@ -19,6 +19,7 @@ from lab.tune import (
     rows_of,
     shard,
     specialised_schedules,
+    thin_variants,
 )
 
 FAST, FAIR, SLOW = (MatmulSchedule(16 << i, 64, 64, 4, 3) for i in range(3))
@@ -126,14 +127,17 @@ def test_a_shipped_table_names_its_origin_and_holds_valid_schedules(path):
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
 def test_a_model_needs_at_most_a_dozen_variants(path):
-    rows = {(shape["n"], shape["k"]): shape["rows"] for shape in json.loads(path.read_text())["shapes"]}
+    table = json.loads(path.read_text())
+    rows, schedules = {(shape["n"], shape["k"]): shape["rows"] for shape in table["shapes"]}, table["schedules"]
     for model in MODELS:
         for tp in (1, 2, 4, 8):
+            shapes = layers(model, tp)
             used = {
-                (plan_matmul(*shape, 2).chunks, index)
-                for shape in layers(model, tp) & set(rows)
+                (plan_matmul(*shape, 2).chunks, MatmulSchedule(**schedules[index]))
+                for shape in shapes & set(rows)
                 for index in rows[shape].values()
             }
+            used |= thin_variants(shapes, 132, True)
             assert len(used) <= VARIANTS
 
 
