@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import sys
@@ -56,6 +55,8 @@ VARIANTS = 12
 """Most different kernels for one model on one number of GPUs; a schedule counts once for each number of chunks.
 Those that the rule takes for few rows are among them: a table has what is left."""
 FINALISTS = 3
+UNTRIED = 100.0
+"""What a variant that was not tried at a point counts for there, in times of the yardstick: anything is better."""
 TOKENS = (64, 112, 128, 192, 256, 384, 512, 640, 777, 1024, 1536, 2048, 4096, 8192)
 """Batches that are tuned; one in between runs as the next larger one does, so they lie close where tiles are few."""
 
@@ -123,7 +124,7 @@ def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 6) -> 
         best = min(us for us, _, s in ranked if not s.relay)
         found += [s for _, _, s in ranked if not s.relay][:most]
         found += [s for us, _, s in ranked if s.relay and us < 0.95 * best][:3]
-        found += [s for us, _, s in ranked if s in SPECIALISED and us <= 1.2 * best]
+        found += [s for us, _, s in ranked if s in SPECIALISED and us <= 1.35 * best]
     elif m > 32:
         found += [s for s, _ in PERSISTENT_TILES if s.block_m <= 2 * m]
     return [s for s in dict.fromkeys(found) if s.fits(plan)]
@@ -189,12 +190,15 @@ def fastest_few(times: dict[tuple, dict[Variant, float]], limit: int) -> dict[tu
     Starts from the fastest of each point and gives up, one by one, what costs least; then exchanges one for another
     while that gains. The cost is the sum of the points' times, as shares of a yardstick, to the eighth power: one
     point left slow outweighs many fast ones.
+
+    Raises:
+        ValueError: no ``limit`` variants that were tried at every point between them have been found.
     """
     columns = sorted({tried for point in times.values() for tried in point}, key=repr)
-    powers = torch.full((len(times), len(columns)), math.inf, dtype=torch.float64)
+    powers = torch.full((len(times), len(columns)), UNTRIED**8, dtype=torch.float64)
     for row, point in zip(powers, times.values(), strict=True):
         for at, tried in enumerate(columns):
-            row[at] = point.get(tried, math.inf) ** 8
+            row[at] = point.get(tried, UNTRIED) ** 8
 
     def cost(kept: list[int]) -> float:
         return float(powers[:, kept].amin(1).sum())
@@ -209,8 +213,11 @@ def fastest_few(times: dict[tuple, dict[Variant, float]], limit: int) -> dict[tu
             exchanged = [*kept[:at], other, *kept[at + 1 :]]
             if cost(exchanged) < (1 - 1e-9) * cost(kept):
                 kept, gained = exchanged, True
-    chosen = powers[:, kept].argmin(1).tolist()
-    return {point: columns[kept[at]] for point, at in zip(times, chosen, strict=True)}
+    chosen = {point: columns[kept[at]] for point, at in zip(times, powers[:, kept].argmin(1).tolist(), strict=True)}
+    for point, variant in chosen.items():
+        if variant not in times[point]:
+            raise ValueError(f"limit={limit} variants cannot serve all points: none of them was tried at {point}")
+    return chosen
 
 
 def _compile(jobs: list[tuple[int, int, MatmulSchedule]]) -> None:
