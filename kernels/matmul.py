@@ -222,7 +222,7 @@ def choose_schedule(
         specialised: whether Hopper's specialised kernel may be used.
         gpu: its name, as torch gives it; ``None`` for the defaults alone.
     """
-    # Held to a dozen variants for a model, a search gives up the thin tiles for larger batches. Seen on an
+    # Held to few variants for a model, a search gives up the thin tiles for larger batches. Seen on an
     # H200: 0.98 of cuBLAS's speed for 1 to 4 rows, where thin tiles reach 1.06.
     tune = specialised and gpu is not None and m > THIN
     if tune and (found := tuned.find(gpu, n, plan.k, m)) is not None:
@@ -252,16 +252,15 @@ def _choose_thin(m: int, n: int, plan: MatmulPlan, sms: int, specialised: bool) 
     """The weight on the left, in tiles that give the busiest program the fewest columns; the wider of two that do.
 
     The wide one by the specialised kernel, if it may be used. Seen on an H200 for 28672 columns: 1.08 of cuBLAS's
-    speed, where the plain one has 1.01. For the narrow one it makes no difference. Narrower still where two thirds
-    of the SMs would have nothing to do. Tokens past the last are not loaded, so one height does for all few rows.
+    speed, where the plain one has 1.01. For the narrow one it makes no difference. What does not pay, seen there too:
+    one height of 32 for all few rows (0.78 to 0.93 for a single row, where a height of 16 has 1.00 to 1.14), and
+    tiles of 32 columns where those of 64 leave SMs idle (0.62 for 2560 columns instead of 0.93).
     """
-    block_m, split = THIN if m <= THIN else 64, plan.chunks > 1
+    block_m, split = max(16, triton.next_power_of_2(m)), plan.chunks > 1
     jobs = {width: triton.cdiv(n, width) * plan.chunks for width in (128, 64)}
     block_n = min(jobs, key=lambda width: triton.cdiv(jobs[width], sms) * width)
     if block_n == 128 and specialised:
         return specialised_schedule(block_n, block_m, swap=True, split=split)
-    if 3 * jobs[64] <= sms and m <= THIN:
-        return MatmulSchedule(block_m, 32, 256, 4, 6, swap=True, persistent=True, split=split)
     block_k, stages = (128, 4) if block_n == 128 else (256, 4) if m <= THIN else (128, 6)
     return MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True, split=split)
 

@@ -28,13 +28,10 @@ from kernels import tuned
 from kernels.matmul import (
     PERSISTENT_TILES,
     SPECIALISED,
-    THIN,
     MatmulSchedule,
-    choose_schedule,
     estimate_us,
     has_wgmma,
     matmul,
-    sm_count,
     specialised_schedule,
 )
 from kernels.plan import MatmulPlan, plan_matmul
@@ -51,9 +48,9 @@ SPLIT_ALONG_K = ("o", "down")
 VOCABULARY = 128256
 """Outputs of the last layer, which both models have and which ``MODELS`` leaves out: it runs once a token."""
 TENSOR_PARALLEL = (1, 2, 4, 8)
-VARIANTS = 12
-"""Most different kernels for one model on one number of GPUs; a schedule counts once for each number of chunks.
-Those that the rule takes for few rows are among them: a table has what is left."""
+VARIANTS = 10
+"""Most different kernels that a table gives one model on one number of GPUs; a schedule counts once for each number
+of chunks. What the rule takes for few rows comes on top: four to six."""
 FINALISTS = 3
 UNTRIED = 100.0
 """What a variant that was not tried at a point counts for there, in times of the yardstick: anything is better."""
@@ -133,16 +130,6 @@ def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 6) -> 
 def rows_of(n: int, tokens: Iterable[int]) -> list[int]:
     """Those of ``tokens`` that a weight of ``n`` outputs is tuned for: the last layer is given few rows at a time."""
     return sorted(m for m in tokens if m <= 512 or n not in [VOCABULARY // tp for tp in TENSOR_PARALLEL])
-
-
-def thin_variants(shapes: Iterable[tuple[int, int]], sms: int, wgmma: bool) -> set[Variant]:
-    """What the rule takes for few rows of these weights (n, k), whatever a table says."""
-    plans = {(n, k): plan_matmul(n, k, 2) for n, k in shapes}
-    return {
-        (plan.chunks, choose_schedule(m, n, plan, 2, True, sms, wgmma))
-        for (n, _), plan in plans.items()
-        for m in range(1, THIN + 1)
-    }
 
 
 def reference_schedule(m: int) -> MatmulSchedule:
@@ -275,7 +262,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error("tuning measures on a GPU, and torch sees none here")
     shapes = set().union(*(layers(model, tp) for model, tp in product(options.model, options.tp)))
     compile_all(shapes, options.m)
-    path, gpu = tuned.path_of(device.name), torch.device("cuda", torch.cuda.current_device())
+    path = tuned.path_of(device.name)
     table = {}
     if path.is_file():
         old = json.loads(path.read_text())
@@ -289,8 +276,7 @@ def main(arguments: list[str] | None = None) -> int:
             for m in rows_of(n, options.m):
                 found = time_candidates(m, weights)
                 times[n, k, m] = {(chunks, schedule): time for schedule, time in found.items()}
-        thin = thin_variants(layers(model, tp), sm_count(gpu), has_wgmma(gpu))
-        chosen = fastest_few(times, VARIANTS - len(thin))
+        chosen = fastest_few(times, VARIANTS)
         for n, k in layers(model, tp):
             table[n, k] = {m: _fields(chosen[n, k, m][1]) for m in rows_of(n, options.m)}
         speed = [1 / times[point][variant] for point, variant in chosen.items()]

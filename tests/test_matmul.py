@@ -258,14 +258,12 @@ def test_default_schedules_respect_the_plan_and_the_operands():
                     assert schedule.fits(plan)
 
 
-@pytest.mark.parametrize(
-    ("n", "block_n"), [(2560, 32), (4096, 64), (8192, 64), (10240, 128), (28672, 128), (57344, 64)]
-)
+@pytest.mark.parametrize(("n", "block_n"), [(4096, 64), (8192, 64), (10240, 128), (28672, 128), (57344, 64)])
 def test_thin_tiles_give_the_busiest_program_the_fewest_columns(n, block_n):
     for m in (1, 16, 17, 32):
         for specialised in (False, True):
             schedule = choose_schedule(m, n, plan_matmul(n, 4096, 2), 2, True, 132, specialised)
-            assert schedule.swap and (schedule.block_m, schedule.block_n) == (32, block_n)
+            assert schedule.swap and (schedule.block_m, schedule.block_n) == (16 if m <= 16 else 32, block_n)
             assert schedule.specialised == (specialised and block_n == 128)
 
 
