@@ -6,8 +6,10 @@ which ones happen to be.
 
 from __future__ import annotations
 
+import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
 from typing import TYPE_CHECKING
@@ -86,6 +88,19 @@ def single_tile(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 REDUCTIONS = ("allow_bf16_reduced_precision_reduction", "allow_fp16_reduced_precision_reduction")
 
 
+@contextmanager
+def _silent() -> Iterator[None]:
+    """Nothing gets through to stderr, where torch says, past Python's warnings, that a setting is experimental."""
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
 def mm_without_split_k(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """``torch.mm`` through cuBLASLt, which may not cut K: what serving engines ask of the closed library.
 
@@ -99,8 +114,7 @@ def mm_without_split_k(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     before = {name: (getattr(settings, name), getattr(settings, f"{name}_split_k", True)) for name in REDUCTIONS}
     library = torch.backends.cuda.preferred_blas_library()
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that the choice of a library is experimental
+        with _silent():
             torch.backends.cuda.preferred_blas_library("cublaslt")
         for name in REDUCTIONS:
             setattr(settings, name, (False, False))  # no reduction in 16 bits; no split along K at all
@@ -108,7 +122,8 @@ def mm_without_split_k(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     finally:
         for name, value in before.items():
             setattr(settings, name, value)
-        torch.backends.cuda.preferred_blas_library(library)
+        with _silent():
+            torch.backends.cuda.preferred_blas_library(library)
 
 
 # -------------------------------------------------------------------------------------------------- norm
