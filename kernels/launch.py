@@ -17,6 +17,8 @@ import inspect
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import torch
 from triton import knobs
@@ -25,15 +27,22 @@ from triton.runtime import driver
 # --------------------------------------------------------------------------------------------- remembering
 
 
-class _Recording(threading.local):
-    """What the operator that this thread watches has launched, and the scratch it asked for; ``None``: nothing."""
+@dataclass
+class _Recording:
+    """What a watched operator has launched, and the scratch and counters it asked for."""
 
-    launches: list | None = None
-    scratch: list | None = None
-    counters: list | None = None
+    launches: list = field(default_factory=list)
+    scratch: list[torch.Tensor] = field(default_factory=list)
+    counters: list[torch.Tensor] = field(default_factory=list)
 
 
-_recording = _Recording()
+class _Watching(threading.local):
+    """The recording of the operator that this thread watches; ``None`` if it watches none."""
+
+    recording: _Recording | None = None
+
+
+_watching = _Watching()
 _forms: list[dict] = []
 MOST_FORMS = 4096
 """Forms that an operator remembers at most; a server that has seen more starts again."""
@@ -45,16 +54,32 @@ COMPILED = torch.cuda.is_available() and not knobs.runtime.interpret
 def launch(kernel, grid: tuple[int, ...], *args, **constants):
     """``kernel[grid](*args, **constants)``, watched."""
     compiled = kernel[grid](*args, **constants)
-    if _recording.launches is not None:
-        _recording.launches.append((kernel, compiled, grid, args, constants))
+    if _watching.recording is not None:
+        _watching.recording.launches.append((kernel, compiled, grid, args, constants))
 
 
 def scratch(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     """``(size,)`` for a launch to use, and nobody afterwards. Holds anything."""
     made = torch.empty(size, dtype=dtype, device=device)
-    if _recording.scratch is not None:
-        _recording.scratch.append(made)
+    if _watching.recording is not None:
+        _watching.recording.scratch.append(made)
     return made
+
+
+class _Launch(NamedTuple):
+    """A launch but for its addresses: what ``run`` takes, and where among ``values`` which address belongs.
+
+    ``addresses`` are pairs of a place among the values and the number of an address; ``descriptors`` are places, the
+    class and the fields of a TMA descriptor, and the number of the address it describes.
+    """
+
+    run: Callable
+    grid: tuple[int, int, int]
+    function: object
+    metadata: object
+    values: list
+    addresses: list[tuple[int, int]]
+    descriptors: list[tuple[int, type, dict, int]]
 
 
 class _Recipe:
@@ -81,13 +106,13 @@ class _Recipe:
         if {x.data_ptr() for x in operands} & {x.data_ptr() for x in fresh}:
             raise ValueError("a result is an operand")
         self.launches = [self._bound(known, *entry) for entry in recording.launches]
-        written = {source for entry in self.launches for part in entry[5:] for *_, source in part}
-        if not {known[x.data_ptr()] for x in results} <= written:
+        used = {source for one in self.launches for *_, source in (*one.addresses, *one.descriptors)}
+        if not {known[x.data_ptr()] for x in results} <= used:
             raise ValueError("a result comes from no launch")
 
     @staticmethod
-    def _bound(known: dict[int, int], kernel, compiled, grid, args, constants) -> tuple:
-        """A launch as ``run`` wants it: the C function's arguments, and where addresses belong among them."""
+    def _bound(known: dict[int, int], kernel, compiled, grid, args, constants) -> _Launch:
+        """A launch with its arguments in the order that the kernel names them; ``known`` numbers the addresses."""
         parameters = inspect.signature(kernel.fn).parameters
         named = dict(zip(kernel.arg_names, args, strict=False)) | constants
         values = [named[name] if name in named else parameters[name].default for name in kernel.arg_names]
@@ -100,8 +125,9 @@ class _Recipe:
                 fields = {**vars(value), "base": None}  # must not keep the operand alive
                 values[at] = None
                 descriptors.append((at, type(value), fields, _source(known, value.base)))
-        head = (*grid, 1, 1)[:3]
-        return compiled.run, head, compiled.function, compiled.packed_metadata, values, addresses, descriptors
+        grid = (*grid, 1, 1)[:3]
+        function, metadata = compiled.function, compiled.packed_metadata
+        return _Launch(compiled.run, grid, function, metadata, values, addresses, descriptors)
 
     def __call__(self, device: int, addresses: list[int]):
         """Make the launches with operands at these addresses. ``None``, and nothing done, if counters are short."""
@@ -111,7 +137,7 @@ class _Recipe:
         fresh = [torch.empty_strided(*sizes, dtype=dtype, device=self.device) for *sizes, dtype in self.made]
         addresses += [x.data_ptr() for x in (*fresh, *counters)]
         stream = driver.active.get_current_stream(device)
-        for run, head, function, metadata, values, plain, descriptors in self.launches:
+        for run, grid, function, metadata, values, plain, descriptors in self.launches:
             values = values.copy()
             for at, source in plain:
                 values[at] = addresses[source]
@@ -119,7 +145,7 @@ class _Recipe:
                 described = object.__new__(kind)  # its checks were made the first time
                 described.__dict__ = {**fields, "base": _Address(addresses[source])}
                 values[at] = described
-            run(*head, stream, function, metadata, None, None, None, *values)
+            run(*grid, stream, function, metadata, None, None, None, *values)
         return fresh[0] if self.single else tuple(fresh[: self.results])
 
 
@@ -190,7 +216,7 @@ def remembers(operator: Callable | None = None, *, every_time: Callable | None =
         if torch.compiler.is_compiling():
             plain[:] = plain or [torch.compiler.disable(operator)]
             return plain[0](*args, **kwargs)
-        if not COMPILED or _recording.launches is not None or kwargs.get("out") is not None:
+        if not COMPILED or _watching.recording is not None or kwargs.get("out") is not None:
             return operator(*args, **kwargs)
         if validates and kwargs.get("validate", True):
             return operator(*args, **kwargs)
@@ -215,15 +241,15 @@ def _watched(operator: Callable, known: dict, key: tuple, operands: list[torch.T
     """Call ``operator`` and remember its launches, or that they cannot be."""
     if torch.cuda.is_current_stream_capturing():
         return operator(*args, **kwargs)  # which may have to make do without counters
-    _recording.launches, _recording.scratch, _recording.counters = [], [], []
+    _watching.recording = recording = _Recording()
     try:
         result = operator(*args, **kwargs)
-        try:
-            recipe = _Recipe(_recording, operands, result)
-        except ValueError:
-            recipe = None
     finally:
-        _recording.launches = _recording.scratch = _recording.counters = None
+        _watching.recording = None
+    try:
+        recipe = _Recipe(recording, operands, result)
+    except ValueError:
+        recipe = None
     if len(known) >= MOST_FORMS:
         known.clear()
     known[key] = recipe
@@ -267,8 +293,8 @@ def finished_counters(tiles: int, device: torch.device) -> torch.Tensor | None:
     if stream not in _of_stream or len(_of_stream[stream]) < tiles:
         _of_stream[stream] = torch.zeros(max(2 * tiles, 1 << 16), dtype=torch.int32, device=device)
     counters = _of_stream[stream][:tiles]
-    if _recording.counters is not None:
-        _recording.counters.append(counters)
+    if _watching.recording is not None:
+        _watching.recording.counters.append(counters)
     return counters
 
 

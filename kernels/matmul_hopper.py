@@ -257,15 +257,19 @@ def _add_up(sums_ptr, apart, CHUNKS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: 
 
 
 @gluon.jit
-def _multiply(
+def multiply(
     acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring, full, empty,
     TAIL: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    CONSUMERS: gl.constexpr = 1, consumer: gl.constexpr = 0,
 ):  # fmt: skip
-    """Add K steps to ``acc`` and, if TAIL, to ``tail``, and give their buffers back."""
+    """Add K steps, ``start_k`` to ``end_k``, to ``acc`` and, if TAIL, to ``tail``, and give their buffers back.
+
+    A step has CONSUMERS left operands, one beside the other, of which this is for number ``consumer``.
+    """
     for k in range(start_k, end_k, BLOCK_K):
         slot = step % STAGES
         mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        left = left_ring.index(slot)
+        left = left_ring.index(slot * CONSUMERS + consumer)
         acc = warpgroup_mma(left, right_ring.index(slot).permute((1, 0)), acc, is_async=True)
         # One step stays in flight, so that the tensor cores never run dry; the one before it has finished.
         if TAIL > 0:
@@ -369,11 +373,11 @@ def _consume(
                 end_k = min(start_k + chunk_k, K)
             # Two loops, each of which waits for its own: ptxas keeps wgmma in flight across no branch.
             if tailed:
-                acc, tail, step = _multiply(acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring,
-                                            full, empty, TAIL, BLOCK_K, STAGES)  # fmt: skip
+                acc, tail, step = multiply(acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring,
+                                           full, empty, TAIL, BLOCK_K, STAGES)  # fmt: skip
             else:
-                acc, tail, step = _multiply(acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring,
-                                            full, empty, 0, BLOCK_K, STAGES)  # fmt: skip
+                acc, tail, step = multiply(acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring,
+                                           full, empty, 0, BLOCK_K, STAGES)  # fmt: skip
             if in_turn == 0:
                 total = acc
                 total_tail = tail

@@ -38,7 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.launch import launch as launch_kernel
 from kernels.launch import scratch
-from kernels.matmul_hopper import sums_at, tile_start, wait_for_all_threads
+from kernels.matmul_hopper import multiply, sums_at, tile_start, wait_for_all_threads
 
 GLUON_TYPES = {
     torch.int8: gl.int8,
@@ -184,33 +184,6 @@ def _store(
         staging.store(x.to(desc.dtype))
     fence_async_shared()
     tma.async_copy_shared_to_global(desc, [start_m, start_n], staging)
-
-
-@gluon.jit
-def _sum_stretch(
-    acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring, full, empty,
-    TAIL: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, CONSUMERS: gl.constexpr, consumer: gl.constexpr,
-):  # fmt: skip
-    """The products from ``start_k`` to ``end_k`` onto ``acc`` and, of a tile that has one, ``tail``, both zeros."""
-    for k in range(start_k, end_k, BLOCK_K):
-        slot = step % STAGES
-        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
-        left = left_ring.index(slot * CONSUMERS + consumer)
-        acc = warpgroup_mma(left, right_ring.index(slot).permute((1, 0)), acc, is_async=True)
-        # One step stays in flight, so that the tensor cores never run dry; the one before it has finished.
-        if TAIL > 0:
-            tail = warpgroup_mma(left, tail_ring.index(slot).permute((1, 0)), tail, is_async=True)
-            acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
-        else:
-            acc = warpgroup_mma_wait(1, deps=(acc,))
-        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > start_k)
-        step += 1
-    if TAIL > 0:
-        acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
-    else:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
-    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES))
-    return acc, tail, step
 
 
 @gluon.jit
@@ -361,7 +334,7 @@ def _consume(
                     )  # fmt: skip
                 stretch += 2
             else:
-                acc, tail, step = _sum_stretch(
+                acc, tail, step = multiply(
                     gl.zeros((ROWS, RIGHT), SUM, LAYOUT), gl.zeros((ROWS, max(TAIL, 8)), SUM, TAIL_LAYOUT), step,
                     start_k, min(start_k + stretch_k, K), left_ring, right_ring, tail_ring, full, empty,
                     TAIL, BLOCK_K, STAGES, CONSUMERS, consumer,

@@ -203,7 +203,7 @@ def test_an_error_leaves_nothing_watched(kernel):
 
     with pytest.raises(ValueError, match="no"):
         operator(torch.ones(4))
-    assert launch._recording.launches is None
+    assert launch._watching.recording is None
 
 
 def test_forget(kernel):

@@ -285,14 +285,20 @@ def _dtype(frame: pd.DataFrame) -> str:
     return "bfloat16" if "bfloat16" in counts else str(counts.idxmax())
 
 
-def _pick(store: Store, name: str, **wanted: object) -> pd.DataFrame:
-    """The newest rows that hold these values, of one dtype; MissingRecord if there are none."""
+def _rows(store: Store, name: str, **wanted: object) -> pd.DataFrame:
+    """The newest rows that hold these values, of all dtypes; MissingRecord if there are none."""
     frame = store.load(name)
     for column, value in wanted.items():
         frame = frame[frame[column] == value]
     if frame.empty:
         said = ", ".join(f"{column} = {value}" for column, value in wanted.items())
         raise MissingRecord(f"{shown(store.path(name))} has no rows with {said}: {EXPERIMENTS[name].how}")
+    return frame
+
+
+def _pick(store: Store, name: str, **wanted: object) -> pd.DataFrame:
+    """As ``_rows``, but of one dtype."""
+    frame = _rows(store, name, **wanted)
     return frame[frame["dtype"] == _dtype(frame)]
 
 

@@ -22,6 +22,7 @@ from lab.charts import (
     _gpu,
     _line,
     _plain,
+    _rows,
     _sheet,
     _style,
     _tidy,
@@ -41,17 +42,6 @@ SCHEMES = {
 }
 FAST = Look("fp8, torch._scaled_mm, fast accumulation", INK, "v", ":")
 MODEL_LAYERS = ("qkv", "o", "gate_up", "down")
-
-
-def _rows(store: Store, name: str, **wanted: object) -> pd.DataFrame:
-    """The newest rows with these values, of all dtypes; MissingRecord if there are none."""
-    frame = store.load(name)
-    for column, value in wanted.items():
-        frame = frame[frame[column] == value]
-    if frame.empty:
-        said = ", ".join(f"{column} = {value}" for column, value in wanted.items())
-        raise MissingRecord(f"{shown(store.path(name))} has no rows with {said}: {EXPERIMENTS[name].how}")
-    return frame
 
 
 def _bars(axes: Axes, groups: Sequence, series: dict[Look, Sequence[float]], show: str) -> None:
