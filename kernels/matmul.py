@@ -222,8 +222,7 @@ def choose_schedule(
         specialised: whether Hopper's specialised kernel may be used.
         gpu: its name, as torch gives it; ``None`` for the defaults alone.
     """
-    # Held to few variants for a model, a search gives up the thin tiles for larger batches. Seen on an
-    # H200: 0.98 of cuBLAS's speed for 1 to 4 rows, where thin tiles reach 1.06.
+    # Held to few variants for a model, a search gives up the thin tiles for the sake of larger batches.
     tune = specialised and gpu is not None and m > THIN
     if tune and (found := tuned.find(gpu, n, plan.k, m)) is not None:
         return MatmulSchedule(**found)
@@ -251,10 +250,9 @@ def choose_schedule(
 def _choose_thin(m: int, n: int, plan: MatmulPlan, sms: int, specialised: bool) -> MatmulSchedule:
     """The weight on the left, in tiles that give the busiest program the fewest columns; the wider of two that do.
 
-    The wide one by the specialised kernel, if it may be used. Seen on an H200 for 28672 columns: 1.08 of cuBLAS's
-    speed, where the plain one has 1.01. For the narrow one it makes no difference. What does not pay, seen there too:
-    one height of 32 for all few rows (0.78 to 0.93 for a single row, where a height of 16 has 1.00 to 1.14), and
-    tiles of 32 columns where those of 64 leave SMs idle (0.62 for 2560 columns instead of 0.93).
+    The wide one by the specialised kernel, if it may be used: faster on an H200 for 28672 columns. For the narrow one
+    it makes no difference. What did not pay there: one height of 32 for all few rows, which costs a single row more
+    than a tenth of its speed, and tiles of 32 columns where those of 64 leave SMs idle.
     """
     block_m, split = max(16, triton.next_power_of_2(m)), plan.chunks > 1
     jobs = {width: triton.cdiv(n, width) * plan.chunks for width in (128, 64)}
@@ -302,7 +300,7 @@ def start_of(block, size, BLOCK: tl.constexpr):
     """First row (or column) of a block; the last block moves back inside the matrix if it would stick out.
 
     Its first rows are then computed twice, with the same bits. Seen on an H200: a tile with 63 of 64 rows outside
-    takes nearly twice as long as a full one, whether TMA fills the rows with zeros or pointers repeat a row.
+    takes half as long again as a full one, whether TMA fills the rows with zeros or pointers repeat a row.
     """
     return min(block * BLOCK, max(size - BLOCK, 0))
 

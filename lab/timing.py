@@ -58,8 +58,7 @@ def _take_turns(runs: dict[str, Callable[[], object]], stream: torch.cuda.Stream
 
     A chip under load lowers its clock within milliseconds: taking turns, every contender meets the same clock. And it
     raises it again within milliseconds, so the order is drawn anew for each round: a contender that always came after
-    the most power-hungry one would meet the clock that one leaves behind. Seen on an H200 with calls of 13 ms: 0.85
-    of another's speed in a fixed order, 0.97 among neighbours of a kind.
+    the most power-hungry one would meet the clock that one leaves behind. Calls of ten milliseconds show it.
     """
     order = random.Random(len(runs))
     samples: dict[str, list[float]] = {name: [] for name in runs}
