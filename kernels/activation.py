@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import check_float
-from kernels.launch import launch, remembers
+from kernels.launch import launch, remembers, wait_for_previous_launch
 
 BLOCK = 2048
 """Columns of one program: 16 bytes of 16-bit values a thread, twice, with 4 warps."""
@@ -33,6 +33,7 @@ def silu_product(gate, up):
 
 @triton.jit
 def _silu_mul_kernel(gate_up_ptr, y_ptr, stride_gate_up, n_cols, BLOCK: tl.constexpr):
+    wait_for_previous_launch()
     blocks = tl.cdiv(n_cols, BLOCK)
     row = (tl.program_id(0) // blocks).to(tl.int64)
     cols = tl.program_id(0) % blocks * BLOCK + tl.arange(0, BLOCK)

@@ -50,7 +50,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import check_like, check_shape
-from kernels.launch import finished_counters, launch, remembers, scratch
+from kernels.launch import finished_counters, launch, remembers, scratch, wait_for_previous_launch
 from kernels.matmul import has_wgmma, sm_count
 from kernels.plan import AttentionPlan, plan_attention
 
@@ -420,6 +420,7 @@ def _attention_kernel(
     BLOCK_M: tl.constexpr,
     UNROLL: tl.constexpr,
 ):
+    wait_for_previous_launch()
     # Chunks of a tile are neighbours; last tiles come first, because under a causal mask they have most to do.
     pid = tl.program_id(0)
     slot = pid % slots
@@ -569,6 +570,7 @@ class AttentionCall:
     cu_q, cu_k: where each sequence starts among packed tokens, ``(batch + 1,)``, or ``None`` where none are packed.
     kv_lens: keys of each sequence, ``(batch,)``, or ``None``: ``cu_k`` says, or ``kv_len`` is the length of all.
     page_table: ``(batch, max_pages)`` or ``None``.
+    kv_range: fewest and most keys of a sequence, or ``None`` where the host does not know.
     """
 
     q: torch.Tensor
@@ -586,6 +588,7 @@ class AttentionCall:
     cu_k: torch.Tensor | None = None
     kv_lens: torch.Tensor | None = None
     page_table: torch.Tensor | None = None
+    kv_range: tuple[int, int] | None = None
 
     @property
     def heads_kv(self) -> int:
@@ -836,6 +839,7 @@ def attention_paged(
     window: int | None = None,
     scale: float | None = None,
     return_lse: bool = False,
+    kv_range: tuple[int, int] | None = None,
     out: torch.Tensor | None = None,
     schedule: AttentionSchedule | None = None,
     validate: bool = True,
@@ -854,6 +858,7 @@ def attention_paged(
         cu_q: int32 ``(batch + 1,)``: queries of sequence ``i`` are those from ``cu_q[i]`` to before ``cu_q[i + 1]``.
         max_q: at least the most queries of a sequence. With ``max_pages`` it sizes the launch, so a CUDA graph serves
             all lengths up to them.
+        kv_range: fewest and most keys of a sequence, if the host knows: helps to choose the schedule, and nothing else.
         validate: look at ``page_table``, ``kv_lens`` and ``cu_q``, which costs a synchronisation; never done while a
             graph is captured.
         causal, window, scale, return_lse, out, schedule: as for ``attention``, which also says what is raised.
@@ -873,6 +878,8 @@ def attention_paged(
     _check_index("page_table", page_table, (batch, page_table.shape[1]), q.device)
     _check_most("max_q", max_q)
     capacity = page_table.shape[1] * page_size
+    if kv_range is not None and not (len(kv_range) == 2 and 0 <= kv_range[0] <= kv_range[1] <= capacity):
+        raise ValueError(f"kv_range must be (fewest, most) keys, of {capacity} that fit, got kv_range={kv_range}")
     scale_log2, window = _scale_log2(scale, plan.head_dim), _window(window, causal, capacity)
     if validate and batch and not _capturing():
         _look_at_pages(page_table, kv_lens, cu_q, q.shape[0], max_q, pages, page_size, window)
@@ -880,10 +887,8 @@ def attention_paged(
     lse = torch.empty(q.shape[1::-1], dtype=torch.float32, device=q.device) if return_lse else None
     tensors = q[None], k_cache, v_cache, out[None], None if lse is None else lse[None]
     sizes = {"batch": batch, "q_len": max_q, "kv_len": capacity}
-    call = AttentionCall(
-        *tensors, causal, window, scale_log2, **sizes, cu_q=cu_q, kv_lens=kv_lens, page_table=page_table
-    )
-    _launch(call, plan, schedule)
+    known = {"cu_q": cu_q, "kv_lens": kv_lens, "page_table": page_table, "kv_range": kv_range}
+    _launch(AttentionCall(*tensors, causal, window, scale_log2, **sizes, **known), plan, schedule)
     return out if lse is None else (out, lse)
 
 
@@ -923,9 +928,10 @@ def _launch(call: AttentionCall, plan: AttentionPlan, schedule: AttentionSchedul
         return
     specialised = has_wgmma(call.q.device) and _suits_hopper(call, plan)
     if schedule is None:
-        in_sight = call.kv_len if call.window is None else min(call.kv_len, call.window + call.q_len - 1)
-        sizes = call.q_len, call.batch, call.heads_kv, call.group, in_sight
         device, ragged = call.q.device, call.kv_lens is not None or call.cu_k is not None
+        fewest, most = call.kv_range or (0 if ragged else call.kv_len, call.kv_len)
+        in_sight = most if call.window is None else min(most, call.window + call.q_len - 1)
+        sizes, ragged = (call.q_len, call.batch, call.heads_kv, call.group, in_sight), fewest < in_sight
         schedule = choose_schedule(*sizes, plan, sm_count(device), shared_bytes(device), specialised, ragged)
     if not schedule.specialised:
         if schedule.swap and schedule.num_stages == 1 and has_wgmma(call.q.device):

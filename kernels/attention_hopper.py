@@ -38,7 +38,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.launch import launch, scratch
+from kernels.launch import launch, scratch, wait_for_previous_launch
 from kernels.matmul_hopper import GLUON_TYPES, wait_for_all_threads
 
 if TYPE_CHECKING:
@@ -501,6 +501,7 @@ def _attention_prefill_kernel(
         mbarrier.init(v_full.index(slot), count=1)
         mbarrier.init(v_empty.index(slot), count=2)
     fence_async_shared()
+    wait_for_previous_launch()
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     q_rows = (q_seq_rows, q_head_rows, q_head_cols)
     k_rows = (k_seq_rows, k_head_rows, k_head_cols)
@@ -1021,6 +1022,7 @@ def _attention_decode_kernel(
         mbarrier.init(v_full.index(slot), count=1)
         mbarrier.init(v_empty.index(slot), count=1)
     fence_async_shared()
+    wait_for_previous_launch()
     bars = (q_full, q_empty, k_full, k_empty, v_full, v_empty)
     k_rows = (k_seq_rows, k_head_rows, k_head_cols)
     # fmt: off

@@ -8,6 +8,11 @@ which of its operands, results and scratch went where. The next time the same la
 addresses, and nothing else. Operands, schedule and kernel are the same, and so are the bits.
 
 A CUDA graph saves more still, but only where shapes *and addresses* stay. This is for everything else.
+
+The GPU has work of its own at a launch: programs must be placed, and begin with barriers and descriptors to set up,
+before the first byte is asked for. From Hopper on all that may happen while the launch before is still finishing
+("programmatic dependent launch"), if the kernel itself waits before it looks at memory: see
+``wait_for_previous_launch``.
 """
 
 from __future__ import annotations
@@ -21,7 +26,11 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 from triton import knobs
+from triton.language.extra.cuda import gdc_wait
+from triton.language.target_info import cuda_capability_geq
 from triton.runtime import driver
 
 # --------------------------------------------------------------------------------------------- remembering
@@ -51,8 +60,30 @@ COMPILED = torch.cuda.is_available() and not knobs.runtime.interpret
 """Whether there is anything to remember: Triton's interpreter compiles nothing."""
 
 
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def wait_for_previous_launch():
+    """Wait until every launch before this one has ended and what it wrote can be read.
+
+    A kernel that is launched by ``launch`` calls this before it reads or writes global memory, or it would run beside
+    the one that makes its inputs. What needs no memory, setting up barriers say, belongs before it. To GPUs before
+    Hopper, and after an ordinary launch, it is nothing.
+
+    Source: "Programmatic Dependent Launch and Synchronization" in Nvidia's CUDA C++ Programming Guide.
+    """
+    if not INTERPRETED and cuda_capability_geq(9, 0):
+        gdc_wait()
+
+
 def launch(kernel, grid: tuple[int, ...], *args, **constants):
-    """``kernel[grid](*args, **constants)``, watched."""
+    """``kernel[grid](*args, **constants)``, watched, and placed on the GPU before the launch ahead of it has ended.
+
+    ``kernel`` must call ``wait_for_previous_launch`` first.
+    """
+    if COMPILED and cuda_capability_geq(9, 0):
+        constants["launch_pdl"] = True
     compiled = kernel[grid](*args, **constants)
     if _watching.recording is not None:
         _watching.recording.launches.append((kernel, compiled, grid, args, constants))

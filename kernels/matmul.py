@@ -27,7 +27,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tuned
 from kernels.checks import FLOATS, check_float, check_like, check_shape
-from kernels.launch import finished_counters, launch, remembers, scratch
+from kernels.launch import finished_counters, launch, remembers, scratch, wait_for_previous_launch
 from kernels.plan import MatmulPlan, plan_matmul
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -387,6 +387,7 @@ def _matmul_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    wait_for_previous_launch()
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     batch = tl.program_id(1).to(tl.int64)
     a_ptr += batch * stride_batch_a
@@ -459,6 +460,7 @@ def _matmul_persistent_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
+    wait_for_previous_launch()
     num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
         pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -502,6 +504,7 @@ def _matmul_split_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    wait_for_previous_launch()
     num_jobs = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * CHUNKS
     for job in tl.range(tl.program_id(0), num_jobs, tl.num_programs(0)):
         tile = job // CHUNKS

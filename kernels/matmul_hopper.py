@@ -40,6 +40,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.launch import wait_for_previous_launch
 from kernels.launch import launch as launch_kernel
 
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -462,6 +463,7 @@ def _matmul_specialised_kernel(
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=1)
     fence_async_shared()
+    wait_for_previous_launch()
     # fmt: off
     gl.warp_specialize(
         [

@@ -23,7 +23,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import check_float, check_like, check_shape
-from kernels.launch import launch, remembers
+from kernels.launch import launch, remembers, wait_for_previous_launch
 from kernels.plan import RowPlan, plan_row
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -85,6 +85,7 @@ def _rms_norm_kernel(
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
+    wait_for_previous_launch()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, WIDTH)
     mask = None if FULL else cols < n_cols
@@ -119,6 +120,7 @@ def _layer_norm_kernel(
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
+    wait_for_previous_launch()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, WIDTH)
     mask = cols < n_cols

@@ -31,7 +31,7 @@ import triton.language as tl
 
 from kernels.activation import gate_up_rows, silu_product
 from kernels.checks import check_float, check_like, check_shape
-from kernels.launch import launch, remembers
+from kernels.launch import launch, remembers, wait_for_previous_launch
 from kernels.norm import NormSchedule, _rows, _vector, choose_schedule, tree_sum
 from kernels.plan import plan_row
 
@@ -122,6 +122,7 @@ def _per_token_quant_kernel(
     INT8: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    wait_for_previous_launch()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, WIDTH)
     mask = cols < n_cols
@@ -152,6 +153,7 @@ def _rms_norm_per_token_quant_kernel(
     WIDTH: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
+    wait_for_previous_launch()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, WIDTH)
     mask = cols < n_cols
@@ -184,6 +186,7 @@ def _silu_mul_per_token_quant_kernel(
     INT8: tl.constexpr,
     WIDTH: tl.constexpr,
 ):
+    wait_for_previous_launch()
     row = tl.program_id(0).to(tl.int64)
     cols = tl.arange(0, WIDTH)
     mask = cols < n_cols

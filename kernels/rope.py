@@ -27,7 +27,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import check_float, check_like, check_shape
-from kernels.launch import launch, remembers
+from kernels.launch import launch, remembers, wait_for_previous_launch
 
 # -------------------------------------------------------------------------------------------- frequencies
 
@@ -112,6 +112,7 @@ def _rope_kernel(
     HALF: tl.constexpr,
     LEVELS: tl.constexpr,
 ):
+    wait_for_previous_launch()
     BLOCKS: tl.constexpr = (HEADS_Q + 2 * HEADS_KV + HEADS - 1) // HEADS
     pid = tl.program_id(0).to(tl.int64)
     token = pid // BLOCKS

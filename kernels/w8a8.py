@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import FLOATS, check_float, check_shape
-from kernels.launch import finished_counters, launch, remembers
+from kernels.launch import finished_counters, launch, remembers, wait_for_previous_launch
 from kernels.matmul import descriptor_fits, has_wgmma, sm_count, start_of, tile_of
 from kernels.plan import W8A8Plan, plan_w8a8
 from kernels.quant import check_eight_bits, check_scale_values
@@ -171,6 +171,7 @@ def _w8a8_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    wait_for_previous_launch()
     pid_m, pid_n = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N, GROUP_M)
     offs_m = start_of(pid_m, M, BLOCK_M).to(tl.int64) + tl.arange(0, BLOCK_M)
     offs_n = start_of(pid_n, N, BLOCK_N).to(tl.int64) + tl.arange(0, BLOCK_N)

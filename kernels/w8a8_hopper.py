@@ -36,8 +36,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
+from kernels.launch import scratch, wait_for_previous_launch
 from kernels.launch import launch as launch_kernel
-from kernels.launch import scratch
 from kernels.matmul_hopper import multiply, sums_at, tile_start, wait_for_all_threads
 
 GLUON_TYPES = {
@@ -431,6 +431,7 @@ def _w8a8_specialised_kernel(
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=CONSUMERS)
     fence_async_shared()
+    wait_for_previous_launch()
     # Warps of each worker, and registers a thread of it; the first consumer takes what they leave.
     # fmt: off
     if CONSUMERS == 1:

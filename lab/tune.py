@@ -52,6 +52,8 @@ VARIANTS = 10
 """Most different kernels that a table gives one model on one number of GPUs; a schedule counts once for each number
 of chunks. What the rule takes for few rows comes on top: four to six."""
 FINALISTS = 3
+HOPELESS = 1.5
+"""A compromise whose estimate is so many times the best one's is not tried."""
 UNTRIED = 100.0
 """What a variant that was not tried at a point counts for there, in times of the yardstick: anything is better."""
 TOKENS = (64, 112, 128, 192, 256, 384, 512, 640, 777, 1024, 1536, 2048, 4096, 8192)
@@ -88,7 +90,7 @@ WIDTHS = ((16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32))
 WIDTHS += ((128, 0), (128, 16), (128, 32), (128, 64), (256, 0), (256, 32), (256, 64))
 """Right sides of a specialised tile, and their tails."""
 RAGGED_WIDTHS = ((128, 16), (128, 32), (256, 16), (256, 32))
-"""The same of a ragged one, whose left side is 64."""
+"""The same of a ragged one."""
 
 
 def specialised_schedules(plan: MatmulPlan) -> Iterator[MatmulSchedule]:
@@ -99,9 +101,9 @@ def specialised_schedules(plan: MatmulPlan) -> Iterator[MatmulSchedule]:
             found = specialised_schedule(left, right, tail, swap=swap, split=split, relay=relay)
             if found is not None and found.fits(plan):
                 yield found
-    for right, tail in RAGGED_WIDTHS:
-        found = specialised_schedule(64, right, tail, swap=True, ragged=True)
-        if found.fits(plan):
+    for left, (right, tail) in product((64, 128), RAGGED_WIDTHS):
+        found = specialised_schedule(left, right, tail, swap=True, ragged=True)
+        if found is not None and found.fits(plan):
             yield found
 
 
@@ -137,19 +139,19 @@ def reference_schedule(m: int) -> MatmulSchedule:
     return MatmulSchedule(64, 64, 64, 4, 3) if m > 16 else MatmulSchedule(16, 64, 64, 4, 3, swap=True)
 
 
-def time_candidates(m: int, weights: list[torch.Tensor]) -> dict[MatmulSchedule, float]:
-    """Time of every candidate in bf16 over that of ``torch.mm``, on ``weights`` (n, k) that rotate and so are cold.
+def time_schedules(m: int, weights: list[torch.Tensor], schedules: Iterable[MatmulSchedule]) -> dict:
+    """Time of every schedule in bf16 over that of ``torch.mm``, on ``weights`` (n, k) that rotate and so are cold.
 
     All are timed briefly, then the ``FINALISTS`` fastest again and for longer.
 
     Raises:
-        RuntimeError: a candidate's bits differ from the plan's.
+        RuntimeError: a schedule's bits differ from the plan's.
     """
     n, k = weights[0].shape
     rows = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in weights]
     want = matmul(rows[0], weights[0].t(), schedule=reference_schedule(m))
     rings = {None: [partial(torch.mm, a, w.t()) for a, w in zip(rows, weights, strict=True)]}
-    for schedule in candidates(m, n, plan_matmul(n, k, 2), has_wgmma(torch.device("cuda"))):
+    for schedule in schedules:
         got = matmul(rows[0], weights[0].t(), schedule=schedule)
         if not check.same_bits(got, want):
             raise RuntimeError(f"{schedule} at m={m}, n={n}, k={k} is no schedule: {check.compare(got, want)}")
@@ -163,6 +165,33 @@ def time_candidates(m: int, weights: list[torch.Tensor]) -> dict[MatmulSchedule,
 
     times = timed(list(rings)[1:], 2)
     return times | timed(sorted(times, key=times.get)[:FINALISTS], 8)
+
+
+def time_model(shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> dict[tuple, dict[Variant, float]]:
+    """Times of variants at every point (n, k, m), as ``time_schedules`` gives them.
+
+    At first those that promise most there. Then also those that serve other points well: a good compromise may be
+    nobody's first choice.
+    """
+    wgmma = has_wgmma(torch.device("cuda"))
+    times: dict[tuple, dict[Variant, float]] = {}
+    compromises: set[Variant] = set()
+    for second in (False, True):
+        for n, k in sorted(shapes):
+            weights, plan = cold_weights(n, k), plan_matmul(n, k, 2)
+            for m in rows_of(n, tokens):
+                known = times.setdefault((n, k, m), {})
+                tried = candidates(m, n, plan, wgmma)
+                if second:
+                    estimates = {s: estimate_us(m, n, plan, s) for s in specialised_schedules(plan)}
+                    tried = {s for chunks, s in compromises if chunks == plan.chunks and (chunks, s) not in known}
+                    most = HOPELESS * min(estimates.values())
+                    tried = [s for s in estimates if s in tried and estimates[s] < most]
+                if tried:
+                    found = time_schedules(m, weights, tried)
+                    known |= {(plan.chunks, schedule): time for schedule, time in found.items()}
+        compromises = set(fastest_few(times, 2 * VARIANTS).values())
+    return times
 
 
 def cold_weights(n: int, k: int) -> list[torch.Tensor]:
@@ -270,12 +299,7 @@ def main(arguments: list[str] | None = None) -> int:
             rows = {int(m): old["schedules"][index] for m, index in shape["rows"].items()}
             table[shape["n"], shape["k"]] = rows
     for model, tp in tqdm(list(product(options.model, options.tp)), desc="models", file=sys.stdout):
-        times = {}
-        for n, k in layers(model, tp):
-            weights, chunks = cold_weights(n, k), plan_matmul(n, k, 2).chunks
-            for m in rows_of(n, options.m):
-                found = time_candidates(m, weights)
-                times[n, k, m] = {(chunks, schedule): time for schedule, time in found.items()}
+        times = time_model(layers(model, tp), options.m)
         chosen = fastest_few(times, VARIANTS)
         for n, k in layers(model, tp):
             table[n, k] = {m: _fields(chosen[n, k, m][1]) for m in rows_of(n, options.m)}

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
+from triton.language import target_info
 
 from kernels import activation, attention, attention_hopper, matmul, matmul_hopper, norm, quant, w8a8, w8a8_hopper
 from kernels.plan import (
@@ -346,6 +347,8 @@ def resources(binary, target: str) -> dict[str, int]:
 
 
 def main(target: str) -> None:
+    target_info.current_target = lambda: TARGETS[target]  # what kernels ask for the GPU at hand
+    target_info.current_target.__triton_builtin__ = True
     for label, source, options in cases(target):
         binary = triton.compile(source, target=TARGETS[target], options=options)
         print(json.dumps({"kernel": label, **resources(binary, target)}), flush=True)
