@@ -48,15 +48,19 @@ SPLIT_ALONG_K = ("o", "down")
 VOCABULARY = 128256
 """Outputs of the last layer, which both models have and which ``MODELS`` leaves out: it runs once a token."""
 TENSOR_PARALLEL = (1, 2, 4, 8)
-VARIANTS = 10
-"""Most different kernels that a table gives one model on one number of GPUs; a schedule counts once for each number
-of chunks. What the rule takes for few rows comes on top: four to six."""
+VARIANTS = {1: 8, 2: 8, 4: 10, 8: 10}
+"""Most different kernels that a table gives one model, by the number of GPUs; a schedule counts once for each number
+of chunks. What the rule takes for few rows comes on top, four to six: a dozen in all for a model on one or two GPUs.
+The narrow weights of more have so few tiles that each wants its own.
+"""
+COMPROMISES = 20
+"""Variants that are tried at every point of a model."""
 FINALISTS = 3
 HOPELESS = 1.5
 """A compromise whose estimate is so many times the best one's is not tried."""
 UNTRIED = 100.0
 """What a variant that was not tried at a point counts for there, in times of the yardstick: anything is better."""
-TOKENS = (64, 112, 128, 192, 256, 384, 512, 640, 777, 1024, 1536, 2048, 4096, 8192)
+TOKENS = (64, 100, 128, 192, 256, 384, 512, 640, 777, 1024, 1536, 2048, 4096, 8192)
 """Batches that are tuned; one in between runs as the next larger one does, so they lie close where tiles are few."""
 
 Variant = tuple[int, MatmulSchedule]
@@ -190,7 +194,7 @@ def time_model(shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> dict
                 if tried:
                     found = time_schedules(m, weights, tried)
                     known |= {(plan.chunks, schedule): time for schedule, time in found.items()}
-        compromises = set(fastest_few(times, 2 * VARIANTS).values())
+        compromises = set(fastest_few(times, COMPROMISES).values())
     return times
 
 
@@ -300,7 +304,7 @@ def main(arguments: list[str] | None = None) -> int:
             table[shape["n"], shape["k"]] = rows
     for model, tp in tqdm(list(product(options.model, options.tp)), desc="models", file=sys.stdout):
         times = time_model(layers(model, tp), options.m)
-        chosen = fastest_few(times, VARIANTS)
+        chosen = fastest_few(times, VARIANTS[tp])
         for n, k in layers(model, tp):
             table[n, k] = {m: _fields(chosen[n, k, m][1]) for m in rows_of(n, options.m)}
         speed = [1 / times[point][variant] for point, variant in chosen.items()]

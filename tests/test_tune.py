@@ -125,7 +125,7 @@ def test_a_shipped_table_names_its_origin_and_holds_valid_schedules(path):
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
-def test_a_model_needs_at_most_sixteen_variants(path):
+def test_a_model_needs_a_dozen_variants_and_one_in_narrow_shards_sixteen(path):
     table = json.loads(path.read_text())
     rows, schedules = {(shape["n"], shape["k"]): shape["rows"] for shape in table["shapes"]}, table["schedules"]
     for model in MODELS:
@@ -136,13 +136,13 @@ def test_a_model_needs_at_most_sixteen_variants(path):
                 for shape in shapes & set(rows)
                 for index in rows[shape].values()
             }
-            assert len(used) <= VARIANTS
+            assert len(used) <= VARIANTS[tp]
             used |= {
                 (plan.chunks, choose_schedule(m, n, plan, 2, True, 132, True))
                 for (n, _), plan in {shape: plan_matmul(*shape, 2) for shape in shapes}.items()
                 for m in range(1, THIN + 1)
             }
-            assert len(used) <= 16
+            assert len(used) <= (12 if tp <= 2 else 16)
 
 
 def test_a_table_reads_back_as_it_was_written(tmp_path, monkeypatch):
