@@ -858,7 +858,7 @@ def attention_paged(
         cu_q: int32 ``(batch + 1,)``: queries of sequence ``i`` are those from ``cu_q[i]`` to before ``cu_q[i + 1]``.
         max_q: at least the most queries of a sequence. With ``max_pages`` it sizes the launch, so a CUDA graph serves
             all lengths up to them.
-        kv_range: fewest and most keys of a sequence, if the host knows: helps to choose the schedule, and nothing else.
+        kv_range: fewest and most keys of a sequence, if the host knows: it helps to choose the schedule, no more.
         validate: look at ``page_table``, ``kv_lens`` and ``cu_q``, which costs a synchronisation; never done while a
             graph is captured.
         causal, window, scale, return_lse, out, schedule: as for ``attention``, which also says what is raised.

@@ -45,12 +45,19 @@ class _Recording:
     counters: list[torch.Tensor] = field(default_factory=list)
 
 
+class _Overlap(threading.local):
+    """Whether this thread's launches may be set up before the one ahead of them has ended."""
+
+    allowed: bool = True
+
+
 class _Watching(threading.local):
     """The recording of the operator that this thread watches; ``None`` if it watches none."""
 
     recording: _Recording | None = None
 
 
+_overlap = _Overlap()
 _watching = _Watching()
 _forms: list[dict] = []
 MOST_FORMS = 4096
@@ -82,11 +89,21 @@ def launch(kernel, grid: tuple[int, ...], *args, **constants):
 
     ``kernel`` must call ``wait_for_previous_launch`` first.
     """
-    if COMPILED and cuda_capability_geq(9, 0):
+    if COMPILED and _overlap.allowed and cuda_capability_geq(9, 0):
         constants["launch_pdl"] = True
     compiled = kernel[grid](*args, **constants)
     if _watching.recording is not None:
         _watching.recording.launches.append((kernel, compiled, grid, args, constants))
+
+
+@contextmanager
+def launches_apart() -> Iterator[None]:
+    """Launches made or captured within are not set up before the one ahead has ended: to see what that gains."""
+    before, _overlap.allowed = _overlap.allowed, False
+    try:
+        yield
+    finally:
+        _overlap.allowed = before
 
 
 def scratch(size: int, device: torch.device, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -199,11 +216,11 @@ def _source(known: dict[int, int], x: torch.Tensor) -> int:
 
 
 def _form(args: tuple, kwargs: dict) -> tuple[tuple, list[torch.Tensor], list[int]]:
-    """What the host's work depends on; the tensors among the arguments; their addresses.
+    """What the host's work depends on, the device first; the tensors among the arguments; their addresses.
 
     Addresses enter as alignment to 16 bytes, as which of them are the same, and nothing more.
     """
-    key, tensors, addresses = [driver.active.get_current_device(), *kwargs], [], []
+    key, tensors, addresses = [driver.active.get_current_device(), _overlap.allowed, *kwargs], [], []
     for x in (*args, *kwargs.values()):
         if isinstance(x, torch.Tensor):
             address = x.data_ptr()

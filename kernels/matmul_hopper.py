@@ -40,8 +40,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.launch import wait_for_previous_launch
 from kernels.launch import launch as launch_kernel
+from kernels.launch import wait_for_previous_launch
 
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 

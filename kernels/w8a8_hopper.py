@@ -36,8 +36,8 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from kernels.launch import scratch, wait_for_previous_launch
 from kernels.launch import launch as launch_kernel
+from kernels.launch import scratch, wait_for_previous_launch
 from kernels.matmul_hopper import multiply, sums_at, tile_start, wait_for_all_threads
 
 GLUON_TYPES = {

@@ -46,6 +46,8 @@ TARGETS = {
 TMA_TARGETS = ("sm_90", "sm_100")
 SHARED_KB = {"sm_80": (163, 99), "sm_90": (227,), "sm_100": (227,), "gfx942": (64,)}
 """Shared memory of a program; consumer GPUs have 99 KB and multiply as sm_80 does."""
+TOUCHES_MEMORY = r"\b(?:ld|st|red|atom)\.(?:[\w.]*\.)?global|\bcp\.async"
+"""PTX instructions that read or write global memory, or ask for it."""
 TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 
@@ -329,7 +331,10 @@ def cases(target: str):
 
 
 def resources(binary, target: str) -> dict[str, int]:
-    """Registers a thread, spilled registers (AMD) or bytes of stack a thread (Nvidia), bytes of shared memory."""
+    """Registers a thread, spilled registers (AMD) or bytes of stack a thread (Nvidia), bytes of shared memory.
+
+    On Nvidia also whether a program waits for the launch before it ahead of touching global memory.
+    """
     usage = {"shared": binary.metadata.shared}
     if target == "gfx942":
         text = binary.asm["amdgcn"]
@@ -341,6 +346,8 @@ def resources(binary, target: str) -> dict[str, int]:
         cubin.write(binary.asm["cubin"])
         cubin.flush()
         text = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True).stdout
+    before = binary.asm["ptx"].partition("griddepcontrol.wait")[0]
+    usage["waits_first"] = before != binary.asm["ptx"] and not re.search(TOUCHES_MEMORY, before)
     usage["registers"] = int(re.search(r"REG:(\d+)", text).group(1))
     usage["stack"] = int(re.search(r"STACK:(\d+)", text).group(1))
     return usage

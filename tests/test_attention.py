@@ -867,6 +867,8 @@ def changed(name, index, value):
         ({"cu_q": torch.tensor([0, 1, 3], dtype=torch.int32)}, ValueError, "cu_q must lie within the 2 tokens"),
         ({"max_q": 0}, ValueError, "max_q=0 is below the longest sequence of cu_q, 1"),
         ({"kv_lens": torch.zeros(1, dtype=torch.int32)}, ValueError, r"kv_lens\.shape=\(1,\)"),
+        ({"kv_range": (20, 49)}, ValueError, r"kv_range must be .*48 that fit, got kv_range=\(20, 49\)"),
+        ({"kv_range": (30, 20)}, ValueError, r"kv_range must be .*got kv_range=\(30, 20\)"),
     ],
 )
 def test_bad_paged_arguments_are_named_with_their_value(change, error, message):

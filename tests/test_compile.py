@@ -36,6 +36,13 @@ def test_few_registers_are_spilled(compiled):
     assert not [kernel for kernel in kernels if kernel.get("spills", 0) or kernel.get("stack", 0) > MOST_STACK]
 
 
+def test_launches_that_may_overlap_wait_before_they_touch_memory(compiled):
+    """From Hopper on, all of them; before, there is nothing to wait for."""
+    target, kernels = compiled
+    waiting = [kernel["kernel"] for kernel in kernels if kernel.get("waits_first")]
+    assert waiting == ([kernel["kernel"] for kernel in kernels] if target in ("sm_90", "sm_100") else [])
+
+
 def test_shared_memory_fits(compiled):
     target, kernels = compiled
     assert not [kernel for kernel in kernels if kernel["shared"] > SHARED_BYTES[target]]

@@ -340,6 +340,20 @@ def test_a_paged_cache_has_the_bits_of_a_contiguous_one(page_size, head_dim, dty
     assert_same(got, torch.cat([want[b] for b in decode]), "decode steps alone")
 
 
+def test_what_is_known_of_the_lengths_changes_the_schedule_and_no_bit(monkeypatch):
+    """Also where it is wrong: it is a hint."""
+    q, k, v = qkv(16, 1, 9000)
+    lens = [9000 - 500 * b for b in range(16)]
+    k_cache, v_cache, table = paged(k, v, lens, 16)
+    arguments = q[:, 0], k_cache, v_cache, table, int32(lens), starts([1] * 16), 1
+    chosen, choose = [], at.choose_schedule
+    monkeypatch.setattr(at, "choose_schedule", lambda *args: chosen.append(choose(*args)) or chosen[-1])
+    want = attention_paged(*arguments)
+    for kv_range in ((1500, 9000), (9000, 9000), (0, 0), (1, 600)):
+        assert_same(attention_paged(*arguments, kv_range=kv_range), want, str(kv_range))
+    assert len({schedule.span for schedule in chosen}) > 1
+
+
 def test_pages_before_the_window_may_be_gone():
     q, k, v = qkv(1, 1, 3000)
     want = attention(q, k, v, window=1100)[0]

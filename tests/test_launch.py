@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import re
 from types import SimpleNamespace
 
 import pytest
@@ -9,6 +11,7 @@ import torch
 
 from kernels import launch
 from kernels.matmul import matmul
+from lab.device import ROOT
 
 ACTIVE = {"get_current_device": lambda: 0, "get_current_stream": lambda device: "stream"}
 
@@ -75,6 +78,29 @@ def test_the_second_call_of_a_form_runs_the_compiled_kernel_with_the_new_address
     assert y.shape == (3, 4)
     run = (7, 1, 1, "stream", "function", "metadata", None, None, None)
     assert kernel.compiled.runs == [(*run, x.data_ptr(), other.data_ptr(), y.data_ptr(), 2.0, True, 8)]
+
+
+def test_launches_overlap_from_hopper_on_unless_they_are_kept_apart(kernel, monkeypatch):
+    operator = doubling(kernel)
+    for capable in (False, True):
+        monkeypatch.setattr(launch, "cuda_capability_geq", lambda *at, capable=capable: capable)
+        with launch.launches_apart():
+            operator(torch.ones(4 + capable))
+        operator(torch.ones(4 + capable))
+    assert [constants.get("launch_pdl", False) for *_, constants in kernel.calls] == [False, False, False, True]
+
+
+def test_every_kernel_that_may_overlap_waits():
+    """That nothing touches memory before the wait is looked up in the compiled code, by test_compile.py."""
+    waits = {}
+    for path in (ROOT / "kernels").glob("*.py"):
+        text = path.read_text()
+        if re.search(r"^from kernels.launch import .*\blaunch\b", text, re.MULTILINE):
+            for kernel in ast.parse(text).body:
+                if getattr(kernel, "name", "").endswith("_kernel"):
+                    waits[kernel.name] = "wait_for_previous_launch()" in map(ast.unparse, kernel.body)
+    assert len(waits) == 16
+    assert all(waits.values()), waits
 
 
 def test_scratch_is_made_anew(kernel):
