@@ -68,8 +68,8 @@ class AttentionSchedule:
         order. Otherwise one program takes the chunks of its tile in turn.
     swap: compute the transposed products, with the keys as left operand, so that the tensor core's long side (64 on
         Hopper) runs along keys and its short side (8 and up) along the few query rows.
-    specialised: Hopper's kernels (``kernels/attention_hopper.py``). With ``swap`` the one for decoding: all rows of a
-        sequence and key head are one tile. Otherwise the one for prefill.
+    specialised: Hopper's kernels (``kernels/attention_hopper.py``). With ``swap`` the one for decoding: a tile has all
+        query heads that share a key head, and as many tokens as ``block_m`` rows hold. Otherwise the one for prefill.
     span: keys of a tile that one program takes at a time in the kernel for decoding, a multiple of the plan's
         ``chunk``. With ``early_chunk`` it takes a single chunk, early or not.
     """
@@ -82,9 +82,9 @@ class AttentionSchedule:
     specialised: bool = False
     span: int | None = None
 
-    def fits(self, rows: int, plan: AttentionPlan) -> bool:
-        """Whether the kernel for decoding has this schedule for ``rows`` query rows a key head."""
-        if not (self.span and rows <= self.block_m <= 64):
+    def fits(self, group: int, plan: AttentionPlan) -> bool:
+        """Whether the kernel for decoding has this schedule for ``group`` query heads that share a key head."""
+        if not (self.span and group <= self.block_m <= 64):
             return False
         whole = self.span % plan.chunk == 0 and self.block_m <= MOST_MERGING_ROWS
         return whole or self.span == plan.early_chunk
@@ -98,6 +98,13 @@ MOST_MERGING_ROWS = 32
 
 JOB_KEYS = 192
 """What starting and ending a job costs, in keys that could be read meanwhile (seen on an H200)."""
+
+DECODE_COST = {16: 1.0, 32: 1.6, 64: 6.0}
+"""Rows of a decoding tile, and what a key costs it, in keys of the lowest one (seen on an H200: 64 rows spill)."""
+PREFILL_COST, PREFILL_KEYS, PREFILL_ROWS = 1.7, 250, 128
+"""The same of a tile for prefill, and what starting and ending it costs, in keys; and its rows, all of one head."""
+MOST_DECODE_TOKENS = 128
+"""Most queries of a sequence for which the kernel for decoding is considered."""
 
 MOST_UNKNOWN_SPAN = 4096
 """Longest span where sequences may have any length: with longer ones SMs wait for whichever got a long sequence."""
@@ -113,17 +120,48 @@ def choose_span(tiles: int, max_kv: int, plan: AttentionPlan, sms: int, ragged: 
     spans = [plan.early_chunk]
     while spans[-1] < (min(max_kv, MOST_UNKNOWN_SPAN) if ragged else max_kv):
         spans.append(max(2 * spans[-1], plan.chunk))
+    return min(spans, key=lambda span: (_keys_in_turn(tiles, span, max_kv, plan, sms, ragged), -span))
 
-    def cost(span: int) -> int:
-        keys = 0
-        for length in (max_kv, triton.cdiv(max_kv, 2))[: 1 + ragged]:
-            fine = span == plan.early_chunk
-            jobs = tiles * (plan.chunks(length) if fine else triton.cdiv(length, span))
-            longest = plan.chunk if fine and length > plan.early else min(span, length)
-            keys += triton.cdiv(jobs, sms) * (longest + JOB_KEYS)
-        return keys
 
-    return min(spans, key=lambda span: (cost(span), -span))
+def _keys_in_turn(tiles: int, span: int, max_kv: int, plan: AttentionPlan, sms: int, ragged: bool) -> int:
+    """Keys that the busiest SM visits one after the other, starts and ends of jobs included."""
+    keys = 0
+    for length in _lengths(max_kv, ragged):
+        fine = span == plan.early_chunk
+        jobs = tiles * (plan.chunks(length) if fine else triton.cdiv(length, span))
+        longest = plan.chunk if fine and length > plan.early else min(span, length)
+        keys += triton.cdiv(jobs, sms) * (longest + JOB_KEYS)
+    return keys
+
+
+def _lengths(max_kv: int, ragged: bool) -> tuple[int, ...]:
+    return (max_kv, triton.cdiv(max_kv, 2)) if ragged else (max_kv,)
+
+
+def _choose_hopper(q_len: int, batch: int, heads_kv: int, group: int, max_kv: int, plan, sms: int, ragged: bool):
+    """Of Hopper's kernels, the one for prefill or a tile for the one for decoding: whichever needs the least time.
+
+    Low tiles have little to do for each key; high ones and the prefill's visit fewer keys in all.
+    """
+    tiles = batch * heads_kv * group * triton.cdiv(q_len, PREFILL_ROWS)
+    keys = sum(triton.cdiv(tiles, sms) * (length + PREFILL_KEYS) for length in _lengths(max_kv, ragged))
+    best = keys * PREFILL_COST, AttentionSchedule(PREFILL_ROWS, 8, 2, specialised=True)
+    if group > 64 or q_len > MOST_DECODE_TOKENS:
+        return best[1]
+    if q_len == 1:
+        best = math.inf, None
+    for block_m, cost in DECODE_COST.items():
+        if block_m < group or block_m > max(16, triton.next_power_of_2(q_len * group)):
+            continue
+        tiles = batch * heads_kv * triton.cdiv(q_len, block_m // group)
+        span = plan.early_chunk
+        if block_m <= MOST_MERGING_ROWS:
+            span = choose_span(tiles, max_kv, plan, sms, ragged)
+        put_by = tiles * block_m * plan.chunks(max_kv) * (span < max_kv)
+        cost *= _keys_in_turn(tiles, span, max_kv, plan, sms, ragged)
+        if cost < best[0] and (q_len == 1 or put_by <= MOST_PARTIAL_ROWS):
+            best = cost, AttentionSchedule(block_m, 4, 2, swap=True, specialised=True, span=span)
+    return best[1]
 
 
 def choose_schedule(
@@ -151,13 +189,8 @@ def choose_schedule(
     """
     rows, wide = q_len * group, plan.head_dim > 128
     thin = max(16, triton.next_power_of_2(rows))
-    if specialised and rows <= 64:
-        span = plan.early_chunk
-        if thin <= MOST_MERGING_ROWS:
-            span = choose_span(batch * heads_kv, max_kv, plan, sms, ragged)
-        return AttentionSchedule(thin, 4, 2, swap=True, specialised=True, span=span)
     if specialised:
-        return AttentionSchedule(128, 8, 2, specialised=True)
+        return _choose_hopper(q_len, batch, heads_kv, group, max_kv, plan, sms, ragged)
     if shared < 99 * 1024:
         schedule = AttentionSchedule(16, 4, 1, swap=True)  # with more rows or warps registers spill on AMD's CDNA3
         if rows > 32 and plan.head_dim <= 64:
@@ -944,11 +977,11 @@ def _launch(call: AttentionCall, plan: AttentionPlan, schedule: AttentionSchedul
             f"schedule={schedule} needs a Hopper GPU, heads of 64 or 128 elements in rows that TMA can address, and a"
             " page size that divides a block of keys or that a block divides"
         )
-    rows = call.q_len * call.group
-    if schedule.swap and not schedule.fits(rows, plan):
+    if schedule.swap and not schedule.fits(call.group, plan):
         raise ValueError(
-            f"schedule={schedule} is not one for decoding {rows} rows a key head: block_m must be at least that and"
-            f" at most 64, span {plan.early_chunk} or, up to block_m={MOST_MERGING_ROWS}, a multiple of {plan.chunk}"
+            f"schedule={schedule} is not one for decoding {call.group} query heads a key head: block_m must be at"
+            f" least that and at most 64, span {plan.early_chunk} or, up to block_m={MOST_MERGING_ROWS}, a multiple of"
+            f" {plan.chunk}"
         )
     _launch_hopper(call, plan, schedule)
 
@@ -980,7 +1013,8 @@ def _launch_hopper(call: AttentionCall, plan: AttentionPlan, schedule: Attention
     if not schedule.swap:
         attention_hopper.prefill(call, plan, schedule, sms)
         return
-    counters = finished_counters(call.batch * call.heads_kv, call.q.device)
+    q_tiles = triton.cdiv(call.q_len, schedule.block_m // call.group)
+    counters = finished_counters(call.batch * call.heads_kv * q_tiles, call.q.device)
     if counters is None:  # captured, and the reserve is used up: other kernels, the same bits
         _launch_pointers(call, plan, replace(schedule, specialised=False, span=None))
     else:

@@ -646,25 +646,35 @@ def _blocks_of(begin, end, first, kv_len, CHUNK: gl.constexpr, EARLY_CHUNK: gl.c
 
 @gluon.jit
 def _job_at(
-    index, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, heads_kv, batch, window, span, WINDOW: gl.constexpr,
-    VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr, LENS: gl.constexpr, CHUNK: gl.constexpr,
-    EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr, FINE: gl.constexpr,
+    index, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, heads_kv, batch, q_tiles, tokens, window,
+    span, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr,
+    LENS: gl.constexpr, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr, FINE: gl.constexpr,
 ):  # fmt: skip
-    """What producer and consumer want to know of a job: where it is (sequence, key head, number among the jobs of the
-    two, and whether there is such a job), the sequence (first query, first key, how many of each), what of it can be
-    seen (first key, its chunk, one past the last chunk, jobs), and the job's own chunks.
+    """What producer and consumer want to know of a job: where it is (sequence, key head, tile among all tiles, number
+    among the jobs of the tile, and whether there is such a job), the tile as if it were a sequence (first query, first
+    key, how many of each), what of it can be seen (first key, its chunk, one past the last chunk, jobs), and the job's
+    own chunks.
 
-    First jobs come first: they have most to do, and are there in every sequence.
+    A tile is ``tokens`` queries of a sequence with the heads that share a key head. It ends where its last query does, so
+    the keys after that are not there for it. Tiles of a sequence are neighbours, to find each other's keys in L2. First
+    jobs come first: they have most to do, and are there in every tile.
     """
-    head = index % heads_kv
-    seq = index // heads_kv % batch
-    job = index // (heads_kv * batch)
+    tiles = q_tiles * heads_kv * batch
+    tile = index % tiles
+    job = index // tiles
+    begin_q = tile % q_tiles * tokens
+    head = tile // q_tiles % heads_kv
+    seq = tile // q_tiles // heads_kv
     q_first, k_first, own_q, own_kv = _lengths(
         seq, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, VARLEN_Q, VARLEN_K, LENS
     )
+    if CAUSAL:
+        own_kv = max(own_kv - max(own_q - begin_q - tokens, 0), 0)
+    own_q = max(min(own_q - begin_q, tokens), 0)
+    q_first += begin_q
     first, first_chunk, chunks, jobs = _jobs_of(own_q, own_kv, window, span, CHUNK, EARLY_CHUNK, EARLY, WINDOW, FINE)
     begin, end = _chunks_of(job, first, first_chunk, chunks, span, CHUNK, EARLY_CHUNK, EARLY, FINE)
-    where = (seq, head, job, (own_q > 0) & (job < jobs))
+    where = (seq, head, tile, job, (own_q > 0) & (job < jobs))
     return where, (q_first, k_first, own_q, own_kv), (first, first_chunk, chunks, jobs), (begin, end)
 
 
@@ -672,8 +682,8 @@ def _job_at(
 def _decode_load(
     q_ptr, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, bars, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr,
     page_table_ptr, stride_page_table, stride_q_seq, stride_q_token, stride_q_head, q_token_rows, k_rows, most_jobs,
-    heads_kv, batch, window, span, page_size,
-    GROUP: gl.constexpr, WINDOW: gl.constexpr, VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr,
+    heads_kv, batch, q_tiles, tokens, window, span, page_size,
+    GROUP: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr,
     LENS: gl.constexpr, PAGED: gl.constexpr, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr,
     FINE: gl.constexpr, ONE_QUERY: gl.constexpr, BLOCK_N: gl.constexpr, BOX: gl.constexpr, ROWS: gl.constexpr,
     HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
@@ -687,12 +697,12 @@ def _decode_load(
     turn = 0
     # One flat loop: with a loop over sequences around one over their jobs, Triton 3.6's loop-aware CSE loses the
     # variable that carries a program's place from sequence to sequence, and jobs are done several times.
-    for index in range(gl.program_id(0), most_jobs * batch * heads_kv, gl.num_programs(0)):
+    for index in range(gl.program_id(0), most_jobs * q_tiles * batch * heads_kv, gl.num_programs(0)):
         where, sequence, seen, own = _job_at(
-            index, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, heads_kv, batch, window, span, WINDOW, VARLEN_Q,
-            VARLEN_K, LENS, CHUNK, EARLY_CHUNK, EARLY, FINE,
+            index, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, heads_kv, batch, q_tiles, tokens, window, span,
+            CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, CHUNK, EARLY_CHUNK, EARLY, FINE,
         )  # fmt: skip
-        seq, head, _, exists = where
+        seq, head, _, _, exists = where
         begin, end = own
         q_first, k_first, own_q, own_kv = sequence
         if exists:
@@ -851,8 +861,7 @@ def _store_part(place, m, sums, acc, rows, USED: gl.constexpr):
 def _decode_attend(
     o_ptr, lse_ptr, partial_ptr, done_ptr, q_ring, k_ring, v_ring, p_tile, bars, q_len, kv_len, cu_q_ptr, cu_k_ptr,
     kv_lens_ptr, stride_o_seq, stride_o_token, stride_o_head, stride_lse_seq, stride_lse_head, most_chunks, most_jobs,
-    scale_log2, heads_kv, batch, window, span, GROUP: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
-    VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr, LENS: gl.constexpr, HAS_LSE: gl.constexpr, CHUNK: gl.constexpr,
+    scale_log2, heads_kv, batch, q_tiles, tokens, window, span, GROUP: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr, LENS: gl.constexpr, HAS_LSE: gl.constexpr, CHUNK: gl.constexpr,
     EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr, FINE: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
     USED: gl.constexpr, AHEAD: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
 ):  # fmt: skip
@@ -868,18 +877,17 @@ def _decode_attend(
     offs_d = gl.arange(0, HEAD_DIM, layout=gl.SliceLayout(1, T_LAYOUT))
     step = 0
     turn = 0
-    for index in range(gl.program_id(0), most_jobs * batch * heads_kv, gl.num_programs(0)):
+    for index in range(gl.program_id(0), most_jobs * q_tiles * batch * heads_kv, gl.num_programs(0)):
         where, sequence, seen, own = _job_at(
-            index, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, heads_kv, batch, window, span, WINDOW, VARLEN_Q,
-            VARLEN_K, LENS, CHUNK, EARLY_CHUNK, EARLY, FINE,
+            index, q_len, kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, heads_kv, batch, q_tiles, tokens, window, span,
+            CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, CHUNK, EARLY_CHUNK, EARLY, FINE,
         )  # fmt: skip
-        seq, head, job, exists = where
+        seq, head, tile, job, exists = where
         begin, end = own
         q_first, _, own_q, own_kv = sequence
         first_key, first_chunk, chunks, jobs = seen
         if exists:
             pos = own_kv - own_q + query // GROUP
-            tile = seq * heads_kv + head
             places = partial_ptr + tile.to(gl.int64) * most_chunks * PARTIAL
             out = o_ptr + seq.to(gl.int64) * stride_o_seq
             out_lse = lse_ptr
@@ -989,13 +997,13 @@ def _merge_all(
         gl.store(out_lse + row % GROUP * stride_lse_head + row // GROUP, lse, mask=used)
 
 
-@gluon.jit(do_not_specialize=["q_len", "kv_len", "batch", "most_chunks", "most_jobs", "span"])
+@gluon.jit(do_not_specialize=["q_len", "kv_len", "batch", "q_tiles", "tokens", "most_chunks", "most_jobs", "span"])
 def _attention_decode_kernel(
     q_ptr, q_desc, k_desc, v_desc, o_ptr, lse_ptr, partial_ptr, done_ptr, cu_q_ptr, cu_k_ptr, kv_lens_ptr,
     page_table_ptr,
     stride_page_table, stride_q_seq, stride_q_token, stride_q_head, stride_o_seq, stride_o_token, stride_o_head,
     stride_lse_seq, stride_lse_head, q_token_rows, k_seq_rows, k_head_rows, k_head_cols, q_len, kv_len, most_chunks,
-    most_jobs, heads_kv, batch, window, span, page_size, scale_log2,
+    most_jobs, heads_kv, batch, q_tiles, tokens, window, span, page_size, scale_log2,
     GROUP: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr,
     VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr, LENS: gl.constexpr, PAGED: gl.constexpr, HAS_LSE: gl.constexpr,
     CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr, FINE: gl.constexpr, ONE_QUERY: gl.constexpr,
@@ -1031,13 +1039,14 @@ def _attention_decode_kernel(
             (_decode_attend, (o_ptr, lse_ptr, partial_ptr, done_ptr, q_ring, k_ring, v_ring, p_tile, bars, q_len,
                               kv_len, cu_q_ptr, cu_k_ptr, kv_lens_ptr, stride_o_seq, stride_o_token, stride_o_head,
                               stride_lse_seq, stride_lse_head, most_chunks, most_jobs, scale_log2, heads_kv, batch,
-                              window, span, GROUP, CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, HAS_LSE, CHUNK,
-                              EARLY_CHUNK, EARLY, FINE, BLOCK_N, ROWS, USED, AHEAD, HEAD_DIM, STAGES, num_warps)),
+                              q_tiles, tokens, window, span, GROUP, CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS,
+                              HAS_LSE, CHUNK, EARLY_CHUNK, EARLY, FINE, BLOCK_N, ROWS, USED, AHEAD, HEAD_DIM, STAGES,
+                              num_warps)),
             (_decode_load, (q_ptr, q_desc, k_desc, v_desc, q_ring, k_ring, v_ring, bars, q_len, kv_len, cu_q_ptr,
                             cu_k_ptr, kv_lens_ptr, page_table_ptr, stride_page_table, stride_q_seq, stride_q_token,
-                            stride_q_head, q_token_rows, k_rows, most_jobs, heads_kv, batch, window, span, page_size,
-                            GROUP, WINDOW, VARLEN_Q, VARLEN_K, LENS, PAGED, CHUNK, EARLY_CHUNK, EARLY, FINE,
-                            ONE_QUERY, BLOCK_N, BOX, ROWS, HEAD_DIM, STAGES)),
+                            stride_q_head, q_token_rows, k_rows, most_jobs, heads_kv, batch, q_tiles, tokens, window,
+                            span, page_size, GROUP, CAUSAL, WINDOW, VARLEN_Q, VARLEN_K, LENS, PAGED, CHUNK,
+                            EARLY_CHUNK, EARLY, FINE, ONE_QUERY, BLOCK_N, BOX, ROWS, HEAD_DIM, STAGES)),
         ],
         [1],
         [96],
@@ -1063,7 +1072,8 @@ def decode(
     q, k, v, out, lse, page_table = call.q, call.k, call.v, call.out, call.lse, call.page_table
     heads_q, head_dim, dtype = q.shape[2], q.shape[3], GLUON_TYPES[q.dtype]
     rows = schedule.block_m
-    used = 1 << (call.q_len * call.group - 1).bit_length()
+    tokens = min(rows // call.group, call.q_len)
+    used = 1 << (tokens * call.group - 1).bit_length()
     box = plan.block if page_table is None else min(plan.block, k.shape[1])
     k_desc, k_rows = _rows(k, box, call.cu_k)
     v_desc, _ = _rows(v, box, call.cu_k)
@@ -1076,7 +1086,8 @@ def decode(
     most_chunks = max(plan.chunks(call.kv_len), 1)
     fine = schedule.span == plan.early_chunk
     most_jobs = most_chunks if fine else max(-(-call.kv_len // schedule.span), 1)
-    tiles = call.batch * call.heads_kv
+    q_tiles = -(-call.q_len // tokens)
+    tiles = call.batch * call.heads_kv * q_tiles
     partial = scratch(tiles * most_chunks * used * (head_dim + 16) if most_jobs > 1 else 1, q.device)
     stride_q, stride_o = (0 if call.cu_q is not None else x.stride(0) for x in (q, out))
     launch(
@@ -1084,8 +1095,8 @@ def decode(
         q, q_desc, k_desc, v_desc, out, lse, partial, counters, call.cu_q, call.cu_k, call.kv_lens, page_table,
         0 if page_table is None else page_table.stride(0), stride_q, *q.stride()[1:3], stride_o, *out.stride()[1:3],
         *_lse_strides(call), step // head_dim, *k_rows, call.q_len, call.kv_len,
-        most_chunks, most_jobs, call.heads_kv, call.batch, call.window or 0, schedule.span, k.shape[1],
-        call.scale_log2, GROUP=call.group,
+        most_chunks, most_jobs, call.heads_kv, call.batch, q_tiles, tokens, call.window or 0, schedule.span,
+        k.shape[1], call.scale_log2, GROUP=call.group,
         CAUSAL=call.causal, WINDOW=call.window is not None, VARLEN_Q=call.cu_q is not None,
         VARLEN_K=call.cu_k is not None, LENS=call.kv_lens is not None, PAGED=page_table is not None,
         HAS_LSE=lse is not None, CHUNK=plan.chunk, EARLY_CHUNK=plan.early_chunk, EARLY=plan.early,

@@ -40,8 +40,8 @@ NAN = float("nan")
 FEW_SCHEDULES = [None, AttentionSchedule(16, 4, 1), AttentionSchedule(16, 4, 1, split=True, swap=True)]
 
 
-def all_schedules(head_dim, rows=1 << 30):
-    """Every kind of schedule that the GPU at hand has for heads of this size and ``rows`` queries a key head."""
+def all_schedules(head_dim, group=4):
+    """Every kind of schedule that the GPU at hand has for heads of this size, ``group`` of which share a key head."""
     tiles = [
         AttentionSchedule(16, 4, 2, swap=True),
         AttentionSchedule(32, 4, 2, swap=True),
@@ -56,9 +56,10 @@ def all_schedules(head_dim, rows=1 << 30):
     schedules = [replace(tile, split=split) for tile, split in itertools.product(tiles, (False, True))]
     if has_wgmma(torch.device(DEVICE)) and head_dim <= 128:
         schedules.append(AttentionSchedule(128, 8, 2, specialised=True))
-        thin = AttentionSchedule(max(16, triton.next_power_of_2(rows)), 4, 2, swap=True, specialised=True)
-        spans = [replace(thin, span=span) for span in (512, 1024, 4096, 1 << 20)]
-        schedules += [schedule for schedule in spans if schedule.fits(rows, plan_attention(head_dim, 2))]
+        thin = AttentionSchedule(max(16, triton.next_power_of_2(group)), 4, 2, swap=True, specialised=True)
+        few = [replace(thin, span=span) for span in (512, 1024, 4096, 1 << 20)]
+        few += [replace(thin, block_m=2 * thin.block_m, span=span) for span in (512, 2048)]
+        schedules += [schedule for schedule in few if schedule.fits(group, plan_attention(head_dim, 2))]
     return schedules
 
 
@@ -628,7 +629,9 @@ def test_default_schedules_are_ones_the_kernel_has():
             assert not schedule.split or plan.chunks(kv_len) > 1
             for ragged in (False, True)[: 2 * (head_dim <= 128)]:
                 hopper = choose_schedule(q_len, batch, 8, group, kv_len, plan, sms, shared, True, ragged)
-                assert hopper.fits(q_len * group, plan) == hopper.swap == (q_len * group <= 64)
+                assert hopper.fits(group, plan) == hopper.swap
+                assert hopper.swap or q_len > 1
+                assert not hopper.swap or q_len <= at.MOST_DECODE_TOKENS
                 assert not ragged or (hopper.span or 0) <= at.MOST_UNKNOWN_SPAN
 
 
@@ -676,22 +679,25 @@ def test_every_block_in_sight_is_in_one_job(span, window, hopper):
     """Jobs of a sequence are its chunks, in order; what they put by lies in one piece behind the first job's."""
     plan, heads_kv, batch = plan_attention(128, 2), 2, 3
     sizes, fine = (plan.chunk, plan.early_chunk, plan.early), span == plan.early_chunk
-    for q_len, kv_len in itertools.product(
-        (1, 3), (0, 1, 2, 127, 511, 512, 513, 1024, 1025, 4096, 4097, 5120, 5121, 9000)
+    for (q_len, tokens), total_kv in itertools.product(
+        ((1, 1), (3, 3), (5, 2)), (0, 1, 2, 127, 511, 512, 513, 1024, 1025, 4096, 4097, 5120, 5121, 9000)
     ):
-        most_jobs = plan.chunks(kv_len) if fine else -(-kv_len // span)
-        found = {}
-        for index in range(max(most_jobs, 1) * heads_kv * batch):
-            (seq, head, job, exists), sequence, seen, own = hopper._job_at(
-                index, q_len, kv_len, None, None, None, heads_kv, batch, window or 0, span, window is not None, False,
-                False, False, *sizes, fine,
+        most_jobs = plan.chunks(total_kv) if fine else -(-total_kv // span)
+        q_tiles = -(-q_len // tokens)
+        found, where = {}, set()
+        for index in range(max(most_jobs, 1) * q_tiles * heads_kv * batch):
+            (seq, head, tile, job, exists), sequence, seen, own = hopper._job_at(
+                index, q_len, total_kv, None, None, None, heads_kv, batch, q_tiles, tokens, window or 0, span, True,
+                window is not None, False, False, False, *sizes, fine,
             )  # fmt: skip
-            assert sequence == (0, 0, q_len, kv_len)
             if exists:
-                found.setdefault((seq, head), []).append((job, seen, own))
-        assert len(found) == heads_kv * batch
-        low = max(kv_len - q_len - window + 1, 0) if window else 0
-        for entries in found.values():
+                found.setdefault((tile, sequence), []).append((job, seen, own))
+                where.add((seq, head, sequence[0]))
+        assert len(found) == len(where) == q_tiles * heads_kv * batch
+        for (_, (first_q, first_k, own_q, kv_len)), entries in found.items():
+            assert (first_k, own_q, first_q % tokens) == (0, min(tokens, q_len - first_q), 0)
+            assert kv_len == max(total_kv - (q_len - first_q - own_q), 0), "up to the last query's own key"
+            low = max(kv_len - own_q - window + 1, 0) if window else 0
             first, first_chunk, chunks, jobs = entries[0][1]
             owned = [own for _, _, own in entries]
             assert [job for job, _, _ in entries] == list(range(jobs))
