@@ -68,8 +68,9 @@ class AttentionSchedule:
         order. Otherwise one program takes the chunks of its tile in turn.
     swap: compute the transposed products, with the keys as left operand, so that the tensor core's long side (64 on
         Hopper) runs along keys and its short side (8 and up) along the few query rows.
-    specialised: Hopper's kernels (``kernels/attention_hopper.py``). With ``swap`` the one for decoding: a tile has all
-        query heads that share a key head, and as many tokens as ``block_m`` rows hold. Otherwise the one for prefill.
+    specialised: Hopper's kernels (``kernels/attention_hopper.py``). With ``swap`` the one for decoding, whose tiles
+        have all query heads that share a key head, for as many tokens as ``block_m`` rows hold. Otherwise the one for
+        prefill.
     span: keys of a tile that one program takes at a time in the kernel for decoding, a multiple of the plan's
         ``chunk``. With ``early_chunk`` it takes a single chunk, early or not.
     """
@@ -101,6 +102,8 @@ JOB_KEYS = 192
 
 DECODE_COST = {16: 1.0, 32: 1.6, 64: 6.0}
 """Rows of a decoding tile, and what a key costs it, in keys of the lowest one (seen on an H200: 64 rows spill)."""
+MERGE_KEYS = 4
+"""What it costs to merge a chunk of one row, in the same keys."""
 PREFILL_COST, PREFILL_KEYS, PREFILL_ROWS = 1.7, 250, 128
 """The same of a tile for prefill, and what starting and ending it costs, in keys; and its rows, all of one head."""
 MOST_DECODE_TOKENS = 128
@@ -138,30 +141,30 @@ def _lengths(max_kv: int, ragged: bool) -> tuple[int, ...]:
     return (max_kv, triton.cdiv(max_kv, 2)) if ragged else (max_kv,)
 
 
-def _choose_hopper(q_len: int, batch: int, heads_kv: int, group: int, max_kv: int, plan, sms: int, ragged: bool):
-    """Of Hopper's kernels, the one for prefill or a tile for the one for decoding: whichever needs the least time.
+def _choose_hopper(
+    q_len: int, batch: int, heads_kv: int, group: int, max_kv: int, plan: AttentionPlan, sms: int, ragged: bool
+) -> AttentionSchedule:
+    """Of Hopper's kernels, the one for prefill or a tile of the one for decoding: whichever needs the least time.
 
-    Low tiles have little to do for each key; high ones and the prefill's visit fewer keys in all.
+    A key costs a low tile little time; with high tiles, and the prefill's, each SM visits fewer keys in all.
     """
-    tiles = batch * heads_kv * group * triton.cdiv(q_len, PREFILL_ROWS)
-    keys = sum(triton.cdiv(tiles, sms) * (length + PREFILL_KEYS) for length in _lengths(max_kv, ragged))
-    best = keys * PREFILL_COST, AttentionSchedule(PREFILL_ROWS, 8, 2, specialised=True)
-    if group > 64 or q_len > MOST_DECODE_TOKENS:
-        return best[1]
-    if q_len == 1:
-        best = math.inf, None
-    for block_m, cost in DECODE_COST.items():
-        if block_m < group or block_m > max(16, triton.next_power_of_2(q_len * group)):
-            continue
-        tiles = batch * heads_kv * triton.cdiv(q_len, block_m // group)
-        span = plan.early_chunk
-        if block_m <= MOST_MERGING_ROWS:
-            span = choose_span(tiles, max_kv, plan, sms, ragged)
-        put_by = tiles * block_m * plan.chunks(max_kv) * (span < max_kv)
-        cost *= _keys_in_turn(tiles, span, max_kv, plan, sms, ragged)
-        if cost < best[0] and (q_len == 1 or put_by <= MOST_PARTIAL_ROWS):
-            best = cost, AttentionSchedule(block_m, 4, 2, swap=True, specialised=True, span=span)
-    return best[1]
+    found = []
+    if q_len > 1 or group > max(DECODE_COST):
+        tiles = batch * heads_kv * group * triton.cdiv(q_len, PREFILL_ROWS)
+        keys = sum(triton.cdiv(tiles, sms) * (length + PREFILL_KEYS) for length in _lengths(max_kv, ragged))
+        found.append((keys * PREFILL_COST, AttentionSchedule(PREFILL_ROWS, 8, 2, specialised=True)))
+    if q_len <= MOST_DECODE_TOKENS:
+        highest = max(16, triton.next_power_of_2(q_len * group))
+        for block_m in (rows for rows in DECODE_COST if group <= rows <= highest):
+            tiles = batch * heads_kv * triton.cdiv(q_len, block_m // group)
+            merging = block_m <= MOST_MERGING_ROWS
+            span = choose_span(tiles, max_kv, plan, sms, ragged) if merging else plan.early_chunk
+            keys = _keys_in_turn(tiles, span, max_kv, plan, sms, ragged) * DECODE_COST[block_m]
+            put_by = min(block_m, highest) * plan.chunks(max_kv) if span < max_kv else 0
+            if q_len == 1 or tiles * put_by <= MOST_PARTIAL_ROWS:
+                schedule = AttentionSchedule(block_m, 4, 2, swap=True, specialised=True, span=span)
+                found.append((keys + put_by * MERGE_KEYS, schedule))
+    return min(found, key=lambda each: each[0])[1]
 
 
 def choose_schedule(
@@ -980,8 +983,8 @@ def _launch(call: AttentionCall, plan: AttentionPlan, schedule: AttentionSchedul
     if schedule.swap and not schedule.fits(call.group, plan):
         raise ValueError(
             f"schedule={schedule} is not one for decoding {call.group} query heads a key head: block_m must be at"
-            f" least that and at most 64, span {plan.early_chunk} or, up to block_m={MOST_MERGING_ROWS}, a multiple of"
-            f" {plan.chunk}"
+            f" least that and at most 64, span {plan.early_chunk} or, up to block_m={MOST_MERGING_ROWS}, a multiple"
+            f" of {plan.chunk}"
         )
     _launch_hopper(call, plan, schedule)
 

@@ -9,11 +9,12 @@ queries each, at their own pace: while one exponentiates the other keeps the ten
 products of one block with the values run beside the exponentials of the next. Where a sequence has more than one
 chunk, the sum over the chunks before rests in shared memory while the next starts from nothing.
 
-*Decode.* The few queries that share a key head are one tile, and its chunks are divided into *jobs*: enough to fill
-the GPU and no more, because a job costs its own start and end. A producer warp asks for the keys and values of a
-program's jobs; one consumer of four warps takes them with the keys down, so that the tensor core's long side runs
-along keys. Merging goes left to right: the first job of a tile merges its chunks as they come, in registers; the
-others put theirs by in memory, and whichever job of the tile is done last merges those.
+*Decode*, and whatever else has few tokens. The queries of a token that share a key head are rows of one tile, with
+those of a few neighbours if there are any: low tiles, since a tile's time grows with its rows. Its chunks are divided
+into *jobs*: enough to fill the GPU and no more, because a job costs its own start and end. A producer warp asks for
+the keys and values of a program's jobs; one consumer of four warps takes them with the keys down, so that the tensor
+core's long side runs along keys. Merging goes left to right: the first job of a tile merges its chunks as they come,
+in registers; the others put theirs by in memory, and whichever job of the tile is done last merges those.
 
 Why it is batch-invariant: read ``_attend`` and ``_decode_attend``. Which blocks a query meets, in which order, and
 where a chunk begins depends on positions in its own sequence; blocks that it cannot see leave every bit alone.
@@ -651,13 +652,13 @@ def _job_at(
     LENS: gl.constexpr, CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr, FINE: gl.constexpr,
 ):  # fmt: skip
     """What producer and consumer want to know of a job: where it is (sequence, key head, tile among all tiles, number
-    among the jobs of the tile, and whether there is such a job), the tile as if it were a sequence (first query, first
-    key, how many of each), what of it can be seen (first key, its chunk, one past the last chunk, jobs), and the job's
-    own chunks.
+    among the jobs of the tile, and whether there is such a job), the tile as if it were a sequence (first query,
+    first key, how many of each), what of it can be seen (first key, its chunk, one past the last chunk, jobs), and
+    the job's own chunks.
 
-    A tile is ``tokens`` queries of a sequence with the heads that share a key head. It ends where its last query does, so
-    the keys after that are not there for it. Tiles of a sequence are neighbours, to find each other's keys in L2. First
-    jobs come first: they have most to do, and are there in every tile.
+    A tile is ``tokens`` queries of a sequence, with all heads that share a key head. It ends where its last query
+    does: keys after that are not there for it. Tiles of a sequence are neighbours, to find each other's keys in L2.
+    First jobs come first: they have most to do, and are there in every tile.
     """
     tiles = q_tiles * heads_kv * batch
     tile = index % tiles
@@ -861,9 +862,11 @@ def _store_part(place, m, sums, acc, rows, USED: gl.constexpr):
 def _decode_attend(
     o_ptr, lse_ptr, partial_ptr, done_ptr, q_ring, k_ring, v_ring, p_tile, bars, q_len, kv_len, cu_q_ptr, cu_k_ptr,
     kv_lens_ptr, stride_o_seq, stride_o_token, stride_o_head, stride_lse_seq, stride_lse_head, most_chunks, most_jobs,
-    scale_log2, heads_kv, batch, q_tiles, tokens, window, span, GROUP: gl.constexpr, CAUSAL: gl.constexpr, WINDOW: gl.constexpr, VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr, LENS: gl.constexpr, HAS_LSE: gl.constexpr, CHUNK: gl.constexpr,
-    EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr, FINE: gl.constexpr, BLOCK_N: gl.constexpr, ROWS: gl.constexpr,
-    USED: gl.constexpr, AHEAD: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr, WARPS: gl.constexpr,
+    scale_log2, heads_kv, batch, q_tiles, tokens, window, span, GROUP: gl.constexpr, CAUSAL: gl.constexpr,
+    WINDOW: gl.constexpr, VARLEN_Q: gl.constexpr, VARLEN_K: gl.constexpr, LENS: gl.constexpr, HAS_LSE: gl.constexpr,
+    CHUNK: gl.constexpr, EARLY_CHUNK: gl.constexpr, EARLY: gl.constexpr, FINE: gl.constexpr, BLOCK_N: gl.constexpr,
+    ROWS: gl.constexpr, USED: gl.constexpr, AHEAD: gl.constexpr, HEAD_DIM: gl.constexpr, STAGES: gl.constexpr,
+    WARPS: gl.constexpr,
 ):  # fmt: skip
     q_full, q_empty = bars[0], bars[1]
     DTYPE: gl.constexpr = o_ptr.dtype.element_ty

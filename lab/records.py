@@ -42,7 +42,7 @@ COUNTS = frozenset(
     {"hidden", "residual", "m", "n", "k", "tp", "bytes", "rows", "rows_differing", "settings", "results"}
     | {"passed", "failed", "skipped", "batch", "heads_q", "heads_kv", "head_dim", "q_len", "kv_len", "causal"}
     | {"page_size", "tokens", "cuda_graph", "requests", "prompts", "completions", "unique_completions"}
-    | {"first_divergence", "promote_k", "migrated"}
+    | {"first_divergence", "promote_k", "migrated", "launches"}
 )
 
 LOCK_SECONDS = 60.0
@@ -114,6 +114,9 @@ EXPERIMENTS = _table(
     Experiment("w8a8_model", ("op", "impl", "model", "precision", "batch"), lesson="08"),
     Experiment("w8a8_accuracy", ("op", "model", "precision", "migrated"), ("error",), lesson="08"),
     Experiment("forward_latency", ("op", "impl", "dtype", "model", "tokens", "cuda_graph"), lesson="09"),
+    Experiment(
+        "pass_kernels", ("op", "impl", "dtype", "model", "tokens", "kernel"), ("launches", "total_ms"), lesson="09"
+    ),
     Experiment("memory", ("op", "impl", "dtype", "model", "case"), ("bytes",), lesson="09"),
     Experiment(
         "generation",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+import re
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -10,8 +11,9 @@ from functools import partial
 from itertools import cycle
 
 import torch
+from torch.profiler import ProfilerActivity, profile
 
-from kernels.launch import borrowed_counters
+from kernels.launch import borrowed_counters, launches_apart
 from lab.device import Device, Preset
 
 RING_CALLS = 256
@@ -90,6 +92,36 @@ def time_graphs(rings: dict[str, Sequence[Callable[[], object]]], preset: Preset
         graphs = {name: _capture(calls, stream) for name, calls in rings.items()}
         samples = _take_turns({name: graph.replay for name, graph in graphs.items()}, stream, preset)
     return {name: _timing([ms / len(rings[name]) for ms in times]) for name, times in samples.items()}
+
+
+def kernel_times(run: Callable[[], object], replays: int = 5) -> dict[str, tuple[int, float]]:
+    """Kernels of one call: the name of each, how often it is launched, and its milliseconds in all.
+
+    The call is replayed from a CUDA graph under torch's profiler, with launches kept apart: a kernel that is set up
+    early spends time waiting, which is not its own.
+    """
+    stream = torch.cuda.Stream()
+    with launches_apart(), borrowed_counters(), torch.cuda.stream(stream):
+        graph = _capture([run], stream)
+        graph.replay()
+        stream.synchronize()
+        with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as seen:
+            for _ in range(replays):
+                graph.replay()
+            stream.synchronize()
+    found: dict[str, tuple[int, float]] = {}
+    for event in seen.key_averages():
+        if event.self_device_time_total > 0:
+            name = short_name(event.key)
+            launches, ms = found.get(name, (0, 0.0))
+            found[name] = launches + event.count // replays, ms + event.self_device_time_total / replays / 1e3
+    return found
+
+
+def short_name(kernel: str) -> str:
+    """A kernel's name without return type, namespaces, template and function arguments."""
+    name = kernel.removeprefix("void ").replace("(anonymous namespace)::", "")
+    return re.split(r"[<(]", name, maxsplit=1)[0].rsplit("::", maxsplit=1)[-1].strip() or kernel
 
 
 def time_eager(rings: dict[str, Sequence[Callable[[], object]]], preset: Preset) -> dict[str, Timing]:
