@@ -83,6 +83,14 @@ class AttentionSchedule:
     specialised: bool = False
     span: int | None = None
 
+    def tokens(self, q_len: int, group: int) -> int:
+        """Queries of a sequence in a tile of the kernel for decoding, each with its ``group`` heads."""
+        return min(self.block_m // group, q_len)
+
+    def query_tiles(self, q_len: int, group: int) -> int:
+        """Tiles into which that kernel cuts the queries of a sequence."""
+        return triton.cdiv(q_len, self.tokens(q_len, group))
+
     def fits(self, group: int, plan: AttentionPlan) -> bool:
         """Whether the kernel for decoding has this schedule for ``group`` query heads that share a key head."""
         if not (self.span and group <= self.block_m <= 64):
@@ -129,7 +137,7 @@ def choose_span(tiles: int, max_kv: int, plan: AttentionPlan, sms: int, ragged: 
 def _keys_in_turn(tiles: int, span: int, max_kv: int, plan: AttentionPlan, sms: int, ragged: bool) -> int:
     """Keys that the busiest SM visits one after the other, starts and ends of jobs included."""
     keys = 0
-    for length in _lengths(max_kv, ragged):
+    for length in _likely_lengths(max_kv, ragged):
         fine = span == plan.early_chunk
         jobs = tiles * (plan.chunks(length) if fine else triton.cdiv(length, span))
         longest = plan.chunk if fine and length > plan.early else min(span, length)
@@ -137,7 +145,8 @@ def _keys_in_turn(tiles: int, span: int, max_kv: int, plan: AttentionPlan, sms: 
     return keys
 
 
-def _lengths(max_kv: int, ragged: bool) -> tuple[int, ...]:
+def _likely_lengths(max_kv: int, ragged: bool) -> tuple[int, ...]:
+    """The lengths of sequences that a schedule is judged by."""
     return (max_kv, triton.cdiv(max_kv, 2)) if ragged else (max_kv,)
 
 
@@ -151,19 +160,18 @@ def _choose_hopper(
     found = []
     if q_len > 1 or group > max(DECODE_COST):
         tiles = batch * heads_kv * group * triton.cdiv(q_len, PREFILL_ROWS)
-        keys = sum(triton.cdiv(tiles, sms) * (length + PREFILL_KEYS) for length in _lengths(max_kv, ragged))
+        keys = sum(triton.cdiv(tiles, sms) * (length + PREFILL_KEYS) for length in _likely_lengths(max_kv, ragged))
         found.append((keys * PREFILL_COST, AttentionSchedule(PREFILL_ROWS, 8, 2, specialised=True)))
-    if q_len <= MOST_DECODE_TOKENS:
-        highest = max(16, triton.next_power_of_2(q_len * group))
-        for block_m in (rows for rows in DECODE_COST if group <= rows <= highest):
-            tiles = batch * heads_kv * triton.cdiv(q_len, block_m // group)
-            merging = block_m <= MOST_MERGING_ROWS
-            span = choose_span(tiles, max_kv, plan, sms, ragged) if merging else plan.early_chunk
-            keys = _keys_in_turn(tiles, span, max_kv, plan, sms, ragged) * DECODE_COST[block_m]
-            put_by = min(block_m, highest) * plan.chunks(max_kv) if span < max_kv else 0
-            if q_len == 1 or tiles * put_by <= MOST_PARTIAL_ROWS:
-                schedule = AttentionSchedule(block_m, 4, 2, swap=True, specialised=True, span=span)
-                found.append((keys + put_by * MERGE_KEYS, schedule))
+    highest = max(16, triton.next_power_of_2(q_len * group)) if q_len <= MOST_DECODE_TOKENS else 0
+    for block_m in (rows for rows in DECODE_COST if group <= rows <= highest):
+        schedule = AttentionSchedule(block_m, 4, 2, swap=True, specialised=True)
+        tiles = batch * heads_kv * schedule.query_tiles(q_len, group)
+        merging = block_m <= MOST_MERGING_ROWS
+        span = choose_span(tiles, max_kv, plan, sms, ragged) if merging else plan.early_chunk
+        put_by = block_m * plan.chunks(max_kv) if span < max_kv else 0
+        if q_len == 1 or tiles * put_by <= MOST_PARTIAL_ROWS:
+            keys = _keys_in_turn(tiles, span, max_kv, plan, sms, ragged)
+            found.append((keys * DECODE_COST[block_m] + put_by * MERGE_KEYS, replace(schedule, span=span)))
     return min(found, key=lambda each: each[0])[1]
 
 
@@ -1016,8 +1024,8 @@ def _launch_hopper(call: AttentionCall, plan: AttentionPlan, schedule: Attention
     if not schedule.swap:
         attention_hopper.prefill(call, plan, schedule, sms)
         return
-    q_tiles = triton.cdiv(call.q_len, schedule.block_m // call.group)
-    counters = finished_counters(call.batch * call.heads_kv * q_tiles, call.q.device)
+    tiles = call.batch * call.heads_kv * schedule.query_tiles(call.q_len, call.group)
+    counters = finished_counters(tiles, call.q.device)
     if counters is None:  # captured, and the reserve is used up: other kernels, the same bits
         _launch_pointers(call, plan, replace(schedule, specialised=False, span=None))
     else:

@@ -1069,13 +1069,15 @@ def chunks_ahead(chunks: int, elements: int) -> int:
 def decode(
     call: AttentionCall, plan: AttentionPlan, schedule: AttentionSchedule, counters: torch.Tensor, sms: int
 ) -> None:
-    """Fill ``call.out`` and ``call.lse`` by jobs of ``schedule.span`` keys of a sequence and key head, or of a chunk.
-    The last one to finish, by ``counters``, merges what they have put by.
+    """Fill ``call.out`` and ``call.lse`` by jobs of ``schedule.span`` keys of a tile, or of a chunk.
+
+    The last job of a tile to finish, by ``counters`` (a zero for each), merges what they have put by.
     """
     q, k, v, out, lse, page_table = call.q, call.k, call.v, call.out, call.lse, call.page_table
     heads_q, head_dim, dtype = q.shape[2], q.shape[3], GLUON_TYPES[q.dtype]
     rows = schedule.block_m
-    tokens = min(rows // call.group, call.q_len)
+    tokens = schedule.tokens(call.q_len, call.group)
+    q_tiles = schedule.query_tiles(call.q_len, call.group)
     used = 1 << (tokens * call.group - 1).bit_length()
     box = plan.block if page_table is None else min(plan.block, k.shape[1])
     k_desc, k_rows = _rows(k, box, call.cu_k)
@@ -1089,7 +1091,6 @@ def decode(
     most_chunks = max(plan.chunks(call.kv_len), 1)
     fine = schedule.span == plan.early_chunk
     most_jobs = most_chunks if fine else max(-(-call.kv_len // schedule.span), 1)
-    q_tiles = -(-call.q_len // tokens)
     tiles = call.batch * call.heads_kv * q_tiles
     partial = scratch(tiles * most_chunks * used * (head_dim + 16) if most_jobs > 1 else 1, q.device)
     stride_q, stride_o = (0 if call.cu_q is not None else x.stride(0) for x in (q, out))

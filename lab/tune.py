@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
@@ -171,30 +171,34 @@ def time_schedules(m: int, weights: list[torch.Tensor], schedules: Iterable[Matm
     return times | timed(sorted(times, key=times.get)[:FINALISTS], 8)
 
 
+def compromises_at(m: int, n: int, plan: MatmulPlan, few: set[Variant]) -> list[MatmulSchedule]:
+    """Which of ``few`` variants to try for ``m`` rows: those with the plan's chunks that are not hopeless."""
+    estimates = {s: estimate_us(m, n, plan, s) for s in specialised_schedules(plan)}
+    most = HOPELESS * min(estimates.values())
+    return [s for s, us in estimates.items() if (plan.chunks, s) in few and us < most]
+
+
 def time_model(shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> dict[tuple, dict[Variant, float]]:
     """Times of variants at every point (n, k, m), as ``time_schedules`` gives them.
 
-    At first those that promise most there. Then also those that serve other points well: a good compromise may be
-    nobody's first choice.
+    At first those that promise most there. Then, of the specialised ones, also those that serve other points well: a
+    good compromise may be nobody's first choice.
     """
     wgmma = has_wgmma(torch.device("cuda"))
     times: dict[tuple, dict[Variant, float]] = {}
-    compromises: set[Variant] = set()
-    for second in (False, True):
+
+    def measure(wanted: Callable[[int, int, MatmulPlan], list[MatmulSchedule]]) -> None:
         for n, k in sorted(shapes):
             weights, plan = cold_weights(n, k), plan_matmul(n, k, 2)
             for m in rows_of(n, tokens):
                 known = times.setdefault((n, k, m), {})
-                tried = candidates(m, n, plan, wgmma)
-                if second:
-                    estimates = {s: estimate_us(m, n, plan, s) for s in specialised_schedules(plan)}
-                    tried = {s for chunks, s in compromises if chunks == plan.chunks and (chunks, s) not in known}
-                    most = HOPELESS * min(estimates.values())
-                    tried = [s for s in estimates if s in tried and estimates[s] < most]
-                if tried:
+                if tried := [s for s in wanted(m, n, plan) if (plan.chunks, s) not in known]:
                     found = time_schedules(m, weights, tried)
                     known |= {(plan.chunks, schedule): time for schedule, time in found.items()}
-        compromises = set(fastest_few(times, COMPROMISES).values())
+
+    measure(partial(candidates, wgmma=wgmma))
+    if wgmma:
+        measure(partial(compromises_at, few=set(fastest_few(times, COMPROMISES).values())))
     return times
 
 

@@ -1,4 +1,6 @@
-"""Compile every kernel for GPUs that are not here and print what each needs, as JSON. Run by test_compile.py.
+"""Compile every kernel for a GPU that is not here, or ``controls``, and print what each needs, as JSON.
+
+Run by test_compile.py.
 
 A process of its own, because Triton decides at import whether kernels are compiled or interpreted.
 """
@@ -19,13 +21,26 @@ os.environ["TRITON_INTERPRET"] = "0"
 
 import torch
 import triton
+import triton.language as tl
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.language import target_info
 
-from kernels import activation, attention, attention_hopper, matmul, matmul_hopper, norm, quant, w8a8, w8a8_hopper
+from kernels import (
+    activation,
+    attention,
+    attention_hopper,
+    matmul,
+    matmul_hopper,
+    norm,
+    quant,
+    rope,
+    w8a8,
+    w8a8_hopper,
+)
+from kernels.launch import wait_for_previous_launch
 from kernels.plan import (
     HEAD_DIMS,
     AttentionPlan,
@@ -69,6 +84,16 @@ def norm_case(kernel, n: int, dtype: str, **flags: bool):
         constants["FULL"] = n == plan.width
     options = {"num_warps": norm.choose_schedule(plan).num_warps, "enable_fp_fusion": False}
     return specialised(kernel, arguments, constants, {*pointers, *scalars}), options
+
+
+def rope_case(schedule: rope.RopeSchedule, qk_norm: bool):
+    """Llama-3's heads; with Qwen3's norm of queries and keys if ``qk_norm``."""
+    arguments = {f"{name}_ptr": "*bf16" for name in ("qkv", "q", "k_cache", "v_cache", "q_weight", "k_weight")}
+    arguments |= {"table_ptr": "*fp32", "positions_ptr": "*i32", "slots_ptr": "*i32", "eps": "fp32"}
+    arguments |= dict.fromkeys(("stride_qkv", "stride_k_slot", "stride_v_slot"), "i32")
+    constants = {"HEADS_Q": 32, "HEADS_KV": 8, "HAS_NORM": qk_norm, "HEADS": schedule.heads, "HALF": 64, "LEVELS": 6}
+    options = {"num_warps": schedule.num_warps, "enable_fp_fusion": False}
+    return specialised(rope._rope_kernel, arguments, constants, {*arguments} - {"eps"}), options
 
 
 def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
@@ -300,6 +325,8 @@ def cases(target: str):
     flags = {"HAS_RESIDUAL": True, "HAS_WEIGHT": True}
     for n in (4096, 5120, 8192):
         yield f"rms_norm {n}", *norm_case(norm._rms_norm_kernel, n, "bf16", **flags)
+    for qk_norm in (False, True):
+        yield f"rope {qk_norm=}", *rope_case(rope.RopeSchedule(), qk_norm)
     yield "layer_norm 4096", *norm_case(norm._layer_norm_kernel, 4096, "fp16", HAS_WEIGHT=True, HAS_BIAS=True)
     yield from attention_cases(target)
     yield from attention_hopper_cases(target)
@@ -330,6 +357,36 @@ def cases(target: str):
         yield label, *matmul_case(schedule, plan, dtype)
 
 
+def waits_first(ptx: str) -> bool:
+    """Whether a program waits for the launch before it ahead of whatever touches global memory."""
+    before, wait, _ = ptx.partition("griddepcontrol.wait")
+    return bool(wait) and not re.search(TOUCHES_MEMORY, before)
+
+
+@triton.jit
+def _never_waits(x_ptr):
+    tl.store(x_ptr, tl.load(x_ptr) + 1)
+
+
+@triton.jit
+def _waits_late(x_ptr):
+    x = tl.load(x_ptr)
+    wait_for_previous_launch()
+    tl.store(x_ptr, x + 1)
+
+
+@triton.jit
+def _waits(x_ptr):
+    wait_for_previous_launch()
+    tl.store(x_ptr, tl.load(x_ptr) + 1)
+
+
+def controls():
+    """(label, source, options) of kernels that are known to wait, or not to."""
+    for kernel in (_never_waits, _waits_late, _waits):
+        yield kernel.__name__, specialised(kernel, {"x_ptr": "*fp32"}, {}, set()), {"num_warps": 1}
+
+
 def resources(binary, target: str) -> dict[str, int]:
     """Registers a thread, spilled registers (AMD) or bytes of stack a thread (Nvidia), bytes of shared memory.
 
@@ -346,20 +403,20 @@ def resources(binary, target: str) -> dict[str, int]:
         cubin.write(binary.asm["cubin"])
         cubin.flush()
         text = subprocess.run([tool, "--dump-resource-usage", cubin.name], capture_output=True, text=True).stdout
-    before = binary.asm["ptx"].partition("griddepcontrol.wait")[0]
-    usage["waits_first"] = before != binary.asm["ptx"] and not re.search(TOUCHES_MEMORY, before)
+    usage["waits_first"] = waits_first(binary.asm["ptx"])
     usage["registers"] = int(re.search(r"REG:(\d+)", text).group(1))
     usage["stack"] = int(re.search(r"STACK:(\d+)", text).group(1))
     return usage
 
 
-def main(target: str) -> None:
+def main(target: str, kernels) -> None:
     target_info.current_target = lambda: TARGETS[target]  # what kernels ask for the GPU at hand
     target_info.current_target.__triton_builtin__ = True
-    for label, source, options in cases(target):
+    for label, source, options in kernels:
         binary = triton.compile(source, target=TARGETS[target], options=options)
         print(json.dumps({"kernel": label, **resources(binary, target)}), flush=True)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    wanted = sys.argv[1]
+    main("sm_90", controls()) if wanted == "controls" else main(wanted, cases(wanted))

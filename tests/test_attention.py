@@ -655,6 +655,24 @@ def test_jobs_fill_the_gpu_and_are_no_more_than_that():
         assert at.choose_span(1000 * 132, kv_len, plan, 132, False) >= kv_len, "nothing to merge"
 
 
+def test_few_tokens_are_low_tiles_and_many_are_a_prefill():
+    plan = plan_attention(128, 2)
+
+    def chosen(q_len, max_kv, batch=1, group=4):
+        schedule = choose_schedule(q_len, batch, 32 // group, group, max_kv, plan, 132, specialised=True)
+        return schedule.block_m, schedule.swap
+
+    assert chosen(16, 16) == chosen(64, 64) == (16, True)  # 32 and 128 tiles, all at once
+    assert chosen(128, 128) == (32, True)  # 256 low tiles would be two rounds
+    assert chosen(129, 129) == chosen(4096, 4096) == (128, False)
+    assert chosen(8, 4096, batch=16) == (32, True)  # as many high tiles as SMs
+    assert chosen(128, 8192, batch=64) == (128, False)
+    assert chosen(1, 1000, group=32) == (32, True)
+    low = AttentionSchedule(16, 4, 2, swap=True, specialised=True, span=512)
+    assert (low.tokens(9, 4), low.query_tiles(9, 4)) == (4, 3)
+    assert (low.tokens(1, 4), low.query_tiles(1, 4)) == (1, 1)
+
+
 @pytest.fixture
 def hopper(monkeypatch):
     """The module of Hopper's kernels, its arithmetic as Python."""

@@ -14,20 +14,24 @@ MOST_STACK = 1024  # bytes a thread; the most today are 792, in a 128 x 128 matm
 CONSUMER_BYTES = 99 * 1024  # Nvidia's 8.6, 8.9 and 12.0: what runs without TMA must fit there too
 
 
-@pytest.fixture(scope="module", params=SHARED_BYTES)
-def compiled(request):
-    command = [sys.executable, "tests/compile_probe.py", request.param]
+def probe(what: str) -> list[dict]:
+    command = [sys.executable, "tests/compile_probe.py", what]
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert run.returncode == 0, run.stderr
-    return request.param, [json.loads(line) for line in run.stdout.splitlines()]
+    return [json.loads(line) for line in run.stdout.splitlines()]
+
+
+@pytest.fixture(scope="module", params=SHARED_BYTES)
+def compiled(request):
+    return request.param, probe(request.param)
 
 
 def test_all_families_compile(compiled):
     _, kernels = compiled
     families = {kernel["kernel"].split()[0] for kernel in kernels}
     eight_bit = {"w8a8", "per_token_quant", "rms_norm_per_token_quant", "silu_mul_per_token_quant", "silu_mul"}
-    assert families == {"rms_norm", "layer_norm", "matmul", "attention"} | eight_bit
+    assert families == {"rms_norm", "layer_norm", "rope", "matmul", "attention"} | eight_bit
 
 
 def test_few_registers_are_spilled(compiled):
@@ -41,6 +45,11 @@ def test_launches_that_may_overlap_wait_before_they_touch_memory(compiled):
     target, kernels = compiled
     waiting = [kernel["kernel"] for kernel in kernels if kernel.get("waits_first")]
     assert waiting == ([kernel["kernel"] for kernel in kernels] if target in ("sm_90", "sm_100") else [])
+
+
+def test_a_missing_and_a_late_wait_are_seen():
+    found = {kernel["kernel"]: kernel["waits_first"] for kernel in probe("controls")}
+    assert found == {"_never_waits": False, "_waits_late": False, "_waits": True}
 
 
 def test_shared_memory_fits(compiled):

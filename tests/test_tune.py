@@ -13,6 +13,7 @@ from lab.tune import (
     VARIANTS,
     as_text,
     candidates,
+    compromises_at,
     fastest_few,
     layers,
     main,
@@ -45,6 +46,14 @@ def test_every_candidate_fits_its_plan(m, shape):
     assert len(tried) == len(set(tried)) > 3
     assert all(schedule.fits(plan) for schedule in tried)
     assert not any(schedule.specialised for schedule in candidates(m, shape[0], plan, wgmma=False))
+
+
+def test_a_compromise_is_tried_where_its_chunks_are_the_plans_and_it_is_not_hopeless():
+    plan = plan_matmul(6144, 4096, 2)
+    fair, slow = specialised_schedule(128, 128), specialised_schedule(64, 64, swap=True)
+    few = {(plan.chunks, fair), (plan.chunks, slow), (plan.chunks + 1, specialised_schedule(128, 256))}
+    assert compromises_at(8192, 6144, plan, few) == [fair]
+    assert compromises_at(64, 6144, plan, few) == [slow]
 
 
 def test_every_specialised_schedule_fits_its_plan_and_shared_memory():
