@@ -600,7 +600,7 @@ def matmul(
         b: ``(..., K, N)`` or ``(K,)``, dtype of ``a``, any strides (``weight.t()`` for a ``torch.nn.Linear``).
         bias: ``(N,)``, dtype of ``a``; added in fp32 before the one rounding.
         precision: how float32 operands are multiplied: ``"ieee"`` (exact products), ``"tf32"`` (operands
-            rounded to 10 bits) or ``"tf32x3"`` (three TF32 products each). Belongs to the plan.
+            cut to 10 bits after the leading one) or ``"tf32x3"`` (three TF32 products each). Belongs to the plan.
         out_dtype: of the result; that of ``a`` if not given.
         out: ``(M, N)`` of that dtype to write into, with the elements of a row side by side; for two matrices only.
         schedule: how to run it; chosen from the sizes and the GPU if not given. Never changes a bit.

@@ -291,7 +291,7 @@ def attention_bits(store: Store, figures: Path) -> Figure:
                 here = found[found["impl"] == impl].sort_values("keys")
                 _line(sheet, axes, here["keys"].to_list(), here["share"].to_list(), look)
                 if len(here):
-                    said = f"{int(here['rows_differing'].sum()):,} of {int(here['rows'].sum()):,}"
+                    said = f"{int(here['rows_differing'].sum()):,} of {int(here['rows'].sum()):,} at all lengths"
                     ends[impl] = here["share"].iloc[-1], said, look.color
             height = -1.0
             for share, said, color in sorted(ends.values()):

@@ -155,8 +155,8 @@ def w8a8_promotion(store: Store, figures: Path) -> Figure:
             values = wrong[(wrong["case"] == case) & (wrong["k"] == k)].set_index("promote_k")["error"]
             known = [p for p in PROMOTED if p in values.index]
             _line(sheet, left, [PROMOTED.index(p) for p in known], values[known].to_list(), look)
-        left.axhline(2**-9, color=MUTED, linewidth=1, linestyle=":", zorder=2)
-        left.annotate("half a unit of bf16", (0, 2**-9), xytext=(0, 4), textcoords="offset points", fontsize=8.5,
+        left.axhline(2**-8, color=MUTED, linewidth=1, linestyle=":", zorder=2)
+        left.annotate("half a unit of bf16", (0, 2**-8), xytext=(0, 4), textcoords="offset points", fontsize=8.5,
                       color=MUTED)  # fmt: skip
         left.set_yscale("log")
         left.set_xticks(range(len(PROMOTED)), [_interval(p) for p in PROMOTED])
