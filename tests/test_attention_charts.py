@@ -92,7 +92,7 @@ def test_bits_are_shares_of_rows_and_of_elements(full, tmp_path):
     rows, elements = draw("attention_bits", full, tmp_path).axes
     assert {y for line in rows.get_lines() for y in line.get_ydata()} == {230 / 256, 179 / 256, 0}
     assert {y for line in elements.get_lines() for y in line.get_ydata()} == {8100 / 32768, 6300 / 32768, 0}
-    assert "0 of 1,024" in [text.get_text() for text in rows.texts]
+    assert "0 of 1,024 at all lengths" in [text.get_text() for text in rows.texts]
 
 
 def test_map_of_batches_leaves_out_what_has_no_batch(full, tmp_path):
