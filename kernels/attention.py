@@ -49,7 +49,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import check_like, check_shape
+from kernels.checks import check_apart, check_dense, check_float, check_like, check_shape
 from kernels.launch import finished_counters, launch, remembers, scratch, wait_for_previous_launch
 from kernels.matmul import has_wgmma, sm_count
 from kernels.plan import AttentionPlan, plan_attention
@@ -672,6 +672,8 @@ def _window(window: int | None, causal: bool, kv_len: int) -> int | None:
     """``window`` checked; ``None`` where it reaches past every key."""
     if window is None:
         return None
+    if not isinstance(window, int) or isinstance(window, bool):
+        raise TypeError(f"window must be a whole number, got window={window!r}")
     if window < 1:
         raise ValueError(f"window must be at least 1, got window={window}")
     if not causal:
@@ -685,6 +687,7 @@ def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_name: str,
         raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
     if q.dtype not in (torch.bfloat16, torch.float16):
         raise TypeError(f"q must be bfloat16 or float16, got q.dtype={q.dtype}")
+    check_float("q", q)
     if q.ndim != q_ndim:
         raise ValueError(f"q must have {q_ndim} axes, got q.shape={tuple(q.shape)}")
     for name, x in ((k_name, k), (v_name, v)):
@@ -720,16 +723,16 @@ def _check_index(name: str, x: torch.Tensor, shape: tuple[int, ...], device: tor
         raise ValueError(f"the elements of {name} must lie side by side, got {name}.stride()={x.stride()}")
 
 
-def _output(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, out: torch.Tensor | None) -> torch.Tensor:
+def _output(q: torch.Tensor, out: torch.Tensor | None, **others: torch.Tensor) -> torch.Tensor:
+    """``out``, checked, or a new tensor; ``others`` are keys and values by their names."""
     if out is None:
         return torch.empty(q.shape, dtype=q.dtype, device=q.device)
     check_like("out", out, "q", q)
     check_shape("out", out, q.shape)
     if out.numel() and out.stride(-1) != 1:
         raise ValueError(f"the elements of a head of out must lie side by side, got out.stride()={out.stride()}")
-    for name, x in (("q", q), ("k", k), ("v", v)):
-        if x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() != 0:
-            raise ValueError(f"out shares memory with {name}, which is still read while out is written")
+    check_dense("out", out)
+    check_apart(out, q=q, **others)
     return out
 
 
@@ -811,7 +814,7 @@ def attention(
         _check_index("kv_lens", kv_lens, (batch,), q.device)
         if validate and batch and not _capturing():
             _check_lengths("kv_lens", *_span(kv_lens).tolist(), kv_len)
-    out = _output(q, k, v, out)
+    out = _output(q, out, k=k, v=v)
     lse = torch.empty((batch, heads_q, q_len), dtype=torch.float32, device=q.device) if return_lse else None
     sizes = {"batch": batch, "q_len": q_len, "kv_len": kv_len}
     _launch(AttentionCall(q, k, v, out, lse, causal, window, scale_log2, **sizes, kv_lens=kv_lens), plan, schedule)
@@ -861,7 +864,7 @@ def attention_varlen(
         found = torch.cat((_starts(cu_q), _starts(cu_k))).tolist()
         _check_starts("cu_q", *found[:4], q.shape[0], "max_q", max_q)
         _check_starts("cu_k", *found[4:], k.shape[0], "max_k", max_k)
-    out = _output(q, k, v, out)
+    out = _output(q, out, k=k, v=v)
     lse = torch.empty(q.shape[1::-1], dtype=torch.float32, device=q.device) if return_lse else None
     tensors = [None if x is None else x[None] for x in (q, k, v, out, lse)]
     sizes = {"batch": batch, "q_len": max_q, "kv_len": max_k}
@@ -918,16 +921,18 @@ def attention_paged(
     batch = _check_cu("cu_q", cu_q, q.device)
     _check_index("kv_lens", kv_lens, (batch,), q.device)
     if not isinstance(page_table, torch.Tensor) or page_table.ndim != 2:
-        raise ValueError("page_table must be a tensor with two axes, (batch, max_pages)")
+        found = tuple(page_table.shape) if isinstance(page_table, torch.Tensor) else type(page_table).__name__
+        raise ValueError(f"page_table must be a tensor with two axes, (batch, max_pages), got {found}")
     _check_index("page_table", page_table, (batch, page_table.shape[1]), q.device)
     _check_most("max_q", max_q)
     capacity = page_table.shape[1] * page_size
-    if kv_range is not None and not (len(kv_range) == 2 and 0 <= kv_range[0] <= kv_range[1] <= capacity):
+    whole = isinstance(kv_range, tuple) and len(kv_range) == 2 and all(isinstance(x, int) for x in kv_range)
+    if kv_range is not None and not (whole and 0 <= kv_range[0] <= kv_range[1] <= capacity):
         raise ValueError(f"kv_range must be (fewest, most) keys, of {capacity} that fit, got kv_range={kv_range}")
     scale_log2, window = _scale_log2(scale, plan.head_dim), _window(window, causal, capacity)
     if validate and batch and not _capturing():
         _look_at_pages(page_table, kv_lens, cu_q, q.shape[0], max_q, pages, page_size, window)
-    out = _output(q, k_cache, v_cache, out)
+    out = _output(q, out, k_cache=k_cache, v_cache=v_cache)
     lse = torch.empty(q.shape[1::-1], dtype=torch.float32, device=q.device) if return_lse else None
     tensors = q[None], k_cache, v_cache, out[None], None if lse is None else lse[None]
     sizes = {"batch": batch, "q_len": max_q, "kv_len": capacity}
@@ -939,12 +944,15 @@ def attention_paged(
 def _check_cu(name: str, cu: torch.Tensor, device: torch.device) -> int:
     """``cu`` as an index of its own length; the number of sequences it divides."""
     if not isinstance(cu, torch.Tensor) or cu.ndim != 1 or not len(cu):
-        raise ValueError(f"{name} must be a tensor of shape (batch + 1,)")
+        found = tuple(cu.shape) if isinstance(cu, torch.Tensor) else type(cu).__name__
+        raise ValueError(f"{name} must be a tensor of shape (batch + 1,), got {found}")
     _check_index(name, cu, tuple(cu.shape), device)
     return len(cu) - 1
 
 
 def _check_most(name: str, most: int) -> None:
+    if not isinstance(most, int) or isinstance(most, bool):
+        raise TypeError(f"{name} must be a whole number, got {name}={most!r}")
     if most < 0:
         raise ValueError(f"{name} must not be negative, got {name}={most}")
 

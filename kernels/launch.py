@@ -219,10 +219,16 @@ def _form(args: tuple, kwargs: dict) -> tuple[tuple, list[torch.Tensor], list[in
     """What the host's work depends on, the device first; the tensors among the arguments; their addresses.
 
     Addresses enter as alignment to 16 bytes, as which of them are the same, and nothing more.
+
+    Raises:
+        TypeError: an argument cannot be part of a key, or is one that the operator has to refuse.
     """
     key, tensors, addresses = [driver.active.get_current_device(), _overlap.allowed, *kwargs], [], []
+    gradients = torch.is_grad_enabled()
     for x in (*args, *kwargs.values()):
         if isinstance(x, torch.Tensor):
+            if gradients and x.requires_grad:
+                raise TypeError("the operator refuses this")
             address = x.data_ptr()
             key += x.shape, x.stride(), x.dtype, x.get_device(), address % 16
             if address in addresses:
@@ -232,6 +238,20 @@ def _form(args: tuple, kwargs: dict) -> tuple[tuple, list[torch.Tensor], list[in
         else:
             key += x.__class__, x
     return tuple(key), tensors, addresses
+
+
+def uncompiled(operator: Callable) -> Callable:
+    """Mark an operator that ``torch.compile`` must not look into: it runs as it is, between two compiled graphs."""
+    plain = []  # torch.compile's "leave this alone", made when first needed: it takes a second to import
+
+    @functools.wraps(operator)
+    def call(*args, **kwargs):
+        if not torch.compiler.is_compiling():
+            return operator(*args, **kwargs)
+        plain[:] = plain or [torch.compiler.disable(operator)]
+        return plain[0](*args, **kwargs)
+
+    return call
 
 
 def _profiled() -> bool:
@@ -257,13 +277,10 @@ def remembers(operator: Callable | None = None, *, every_time: Callable | None =
     known: dict[tuple, _Recipe | None] = {}
     validates = "validate" in inspect.signature(operator).parameters
     _forms.append(known)
-    plain = []  # torch.compile's "leave this alone", made when first needed: it takes a second to import
 
+    @uncompiled
     @functools.wraps(operator)
     def call(*args, **kwargs):
-        if torch.compiler.is_compiling():
-            plain[:] = plain or [torch.compiler.disable(operator)]
-            return plain[0](*args, **kwargs)
         if not COMPILED or _watching.recording is not None or kwargs.get("out") is not None:
             return operator(*args, **kwargs)
         if validates and kwargs.get("validate", True):

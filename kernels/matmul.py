@@ -26,8 +26,8 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tuned
-from kernels.checks import FLOATS, check_float, check_like, check_shape
-from kernels.launch import finished_counters, launch, remembers, scratch, wait_for_previous_launch
+from kernels.checks import FLOATS, check_apart, check_float, check_like, check_shape
+from kernels.launch import finished_counters, launch, remembers, scratch, uncompiled, wait_for_previous_launch
 from kernels.plan import MatmulPlan, plan_matmul
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -425,14 +425,17 @@ def _matmul_kernel(
     if SWAP:
         total = tl.trans(total)
     inside = (offs_m[:, None] < M) & (offs_n[None, :] < N)
-    if SCALED:
-        total *= alpha
     if HAS_BIAS:
         bias_ptrs = bias_ptr + offs_m[:, None] * stride_bias_m + offs_n[None, :] * stride_bias_n
         bias = tl.load(bias_ptrs, mask=inside, other=0.0).to(tl.float32)
         if SCALED:
-            bias *= beta
-        total += bias
+            # Written out: left to itself, the compiler fuses now the one product into the sum and now the other,
+            # and which one it takes follows the tile.
+            total = tl.fma(total, tl.full(total.shape, alpha, tl.float32), bias * beta)
+        else:
+            total += bias
+    elif SCALED:
+        total *= alpha
     c_ptrs = c_ptr + offs_m[:, None] * stride_cm + offs_n[None, :]
     tl.store(c_ptrs, total.to(c_ptr.dtype.element_ty), mask=inside)
 
@@ -603,7 +606,8 @@ def matmul(
             cut to 10 bits after the leading one) or ``"tf32x3"`` (three TF32 products each). Belongs to the plan.
         out_dtype: of the result; that of ``a`` if not given.
         out: ``(M, N)`` of that dtype to write into, with the elements of a row side by side; for two matrices only.
-        schedule: how to run it; chosen from the sizes and the GPU if not given. Never changes a bit.
+        schedule: how to run it, for two matrices only; chosen from the sizes and the GPU if not given. Never changes
+            a bit.
 
     Returns:
         The shape of ``torch.matmul``; ``out`` if given.
@@ -631,12 +635,15 @@ def matmul(
             f"inner sizes differ: a.shape={tuple(a.shape)} has K={k}, b.shape={tuple(b.shape)} has K={b.shape[-2]}"
         )
     if b.ndim > 2:
+        if schedule is not None:
+            raise ValueError(f"schedule is for two matrices, got b.shape={tuple(b.shape)} and schedule={schedule}")
         return _batched(a, b, bias, precision, out_dtype)
     rows = a.reshape(math.prod(a.shape[:-1]), k)
-    c = _product(rows, b, _bias(bias, a, b), 1.0, 1.0, precision, out_dtype, out, schedule)
+    c = _product(rows, b, _bias(bias, a, b), 1.0, 1.0, precision, out_dtype, out, schedule, "bias")
     return c.view(*a.shape[:-1], b.shape[-1])
 
 
+@uncompiled
 def addmm(
     addend: torch.Tensor,
     a: torch.Tensor,
@@ -652,7 +659,7 @@ def addmm(
 
     Args:
         addend: dtype of ``a``, of a shape that broadcasts to ``(M, N)``. With ``beta`` zero it is not read.
-        a, b: ``(M, K)`` and ``(K, N)``.
+        a, b: ``(M, K)`` and ``(K, N)``. With ``alpha`` zero they are not read.
         precision, out_dtype, out: as for ``matmul``, which also says what is raised.
     """
     check_float("a", a)
@@ -665,7 +672,9 @@ def addmm(
         addend = addend.expand(shape)
     except RuntimeError:
         raise ValueError(f"addend.shape={tuple(addend.shape)} does not broadcast to {shape}") from None
-    return _product(a, b, addend if beta else None, alpha, beta, precision, out_dtype, out, None)
+    if not alpha:
+        a, b = a[:, :0], b[:0]
+    return _product(a, b, addend if beta else None, alpha, beta, precision, out_dtype, out, None, "addend")
 
 
 def _bias(bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
@@ -678,8 +687,9 @@ def _bias(bias: torch.Tensor | None, a: torch.Tensor, b: torch.Tensor) -> torch.
 
 
 def _output(
-    shape: tuple[int, int], a, b, addend, out_dtype: torch.dtype | None, out: torch.Tensor | None
+    shape: tuple[int, int], a: torch.Tensor, out_dtype: torch.dtype | None, out: torch.Tensor | None, **others
 ) -> torch.Tensor:
+    """``out``, checked, or a new tensor; ``others`` are the operands besides ``a``, by their names."""
     dtype = out_dtype or a.dtype
     if dtype not in FLOATS:
         raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got out_dtype={dtype}")
@@ -691,17 +701,31 @@ def _output(
     if (out.shape[1] > 1 and out.stride(1) != 1) or (out.shape[0] > 1 and out.stride(0) < out.shape[1]):
         raise ValueError(f"out must have its rows one after another in memory, got out.stride()={out.stride()}")
     # Also the addend: where two tiles overlap, the second would add what the first has written.
-    for name, x in (("a", a), ("b", b), ("addend", addend)):
-        if x is not None and x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() != 0:
-            raise ValueError(f"out shares memory with {name}, which is still read while out is written")
+    check_apart(out, a=a, **others)
     return out
 
 
-def _product(a, b, bias, alpha, beta, precision, out_dtype, out, schedule) -> torch.Tensor:
-    """One product of two matrices: plan, schedule, launch. ``bias`` is ``None`` or ``(M, N)`` of any strides."""
+def _check_schedule(schedule: MatmulSchedule, plan: MatmulPlan) -> None:
+    """Refuse what would leave out or add up something else than the plan says."""
+    if plan.chunks > 1 and plan.chunk_k % schedule.block_k:
+        raise ValueError(f"schedule={schedule} steps over the ends of the chunks of {plan}: block_k must divide them")
+    if (schedule.tail_m and not schedule.swap) or (schedule.tail_n and schedule.swap):
+        raise ValueError(f"schedule={schedule} has a tail on its left side: tail_m wants swap, tail_n forbids it")
+    if (schedule.tail_m or schedule.tail_n) and not schedule.specialised:
+        raise ValueError(f"schedule={schedule} has a tail, so it must be specialised")
+    if schedule.relay and plan.chunks > 1 and not schedule.split:
+        raise ValueError(f"schedule={schedule} hands over one sum, and {plan} has several: split them")
+    if schedule.ragged and (schedule.split or schedule.relay or not schedule.swap):
+        raise ValueError(f"schedule={schedule} is ragged, so it must be swapped, and neither split nor in relay")
+
+
+def _product(a, b, bias, alpha, beta, precision, out_dtype, out, schedule, bias_name: str) -> torch.Tensor:
+    """One product of two matrices: plan, schedule, launch. ``bias`` is ``None`` or ``(M, N)`` of any strides; its
+    caller knows it as ``bias_name``.
+    """
     (m, k), n = a.shape, b.shape[1]
     plan = plan_matmul(n, k, a.element_size(), precision)
-    c = _output((m, n), a, b, bias, out_dtype, out)
+    c = _output((m, n), a, out_dtype, out, b=b, **{bias_name: bias})
     plain = alpha == beta == 1.0 and (bias is None or m == 1 or bias.stride(0) == 0)
     # Columns past a multiple of 16 break up the stores of a large tile, whose staging then outgrows shared memory.
     tma = plain and has_tma(a.device) and k > 0 and n % 16 == 0 and descriptor_fits(a) and descriptor_fits(b)
@@ -712,6 +736,7 @@ def _product(a, b, bias, alpha, beta, precision, out_dtype, out, schedule) -> to
         gpu = gpu_name(a.device) if specialised else None
         usual = tma and (a.element_size() == 2 or k_major)  # fp32 tiles were tried with K elements side by side
         schedule = choose_schedule(m, n, plan, a.element_size(), usual, sm_count(a.device), specialised, gpu)
+    _check_schedule(schedule, plan)
     if plan.block_k is not None and (schedule.block_k != plan.block_k or schedule.swap):
         raise ValueError(f"schedule={schedule} is outside {plan}: its block_k and operand order are fixed")
     if (schedule.persistent or schedule.split) and not tma:
@@ -720,10 +745,6 @@ def _product(a, b, bias, alpha, beta, precision, out_dtype, out, schedule) -> to
         raise ValueError(
             f"schedule={schedule} needs a Hopper GPU and 16-bit operands with their K elements side by side"
         )
-    if schedule.relay and plan.chunks > 1 and not schedule.split:
-        raise ValueError(f"schedule={schedule} hands over one sum, and {plan} has several: split them")
-    if schedule.ragged and (schedule.split or schedule.relay or not schedule.swap):
-        raise ValueError(f"schedule={schedule} is ragged, so it must be swapped, and neither split nor in relay")
     if m and n:
         _launch(a, b, bias, alpha, beta, c, plan, schedule)
     return c
@@ -746,7 +767,7 @@ def _batched(a, b, bias, precision, out_dtype) -> torch.Tensor:
         bias = bias.expand(m, n)
     plan = plan_matmul(n, k, a.element_size(), precision)
     count = math.prod(leading)
-    c = _output((count * m, n), a, b, None, out_dtype, None).view(count, m, n)
+    c = _output((count * m, n), a, out_dtype, None).view(count, m, n)
     a = a.expand(*leading, m, k).reshape(count, m, k)
     b = b.expand(*leading, k, n).reshape(count, k, n)
     schedule = choose_schedule(m, n, plan, a.element_size(), False, sm_count(a.device))

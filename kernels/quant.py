@@ -416,7 +416,8 @@ def migrate_outliers(
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, got alpha={alpha}")
     if not ((act_max >= 0) & (act_max < float("inf"))).all():
-        raise ValueError("act_max must be finite and not below zero")
+        wrong = act_max[~((act_max >= 0) & (act_max < float("inf")))][0].item()
+        raise ValueError(f"act_max must be finite and not below zero, got {wrong}")
     act, channel = act_max.double(), weight.abs().amax(0).double()
     power = (alpha * act.log2() - (1 - alpha) * channel.log2()).round()
     power = torch.where((act > 0) & (channel > 0), power, 0)

@@ -210,11 +210,14 @@ def rope_to_cache(
         ValueError: shapes, strides or devices that do not fit; one norm weight without the other.
     """
     check_float("qkv", qkv)
+    if not isinstance(table, torch.Tensor) or table.ndim != 2 or table.device != qkv.device:
+        found = getattr(table, "shape", type(table).__name__), getattr(table, "device", None)
+        raise ValueError(f"table must be (positions, head_dim) on {qkv.device}, got {found[0]} on {found[1]}")
     head_dim = table.shape[-1]
     if head_dim < 2 or head_dim & (head_dim - 1):
         raise ValueError(f"head_dim must be a power of two, got table.shape={tuple(table.shape)}")
-    if table.dtype != torch.float32 or table.ndim != 2 or not table.is_contiguous():
-        raise ValueError(f"table must be contiguous (positions, head_dim) float32, got {table.dtype} {table.shape}")
+    if table.dtype != torch.float32 or not table.is_contiguous():
+        raise ValueError(f"table must be contiguous float32, got {table.dtype} with table.stride()={table.stride()}")
     heads_kv = _check_cache("k_cache", k_cache, qkv, head_dim)
     _check_cache("v_cache", v_cache, qkv, head_dim)
     check_shape("v_cache", v_cache, k_cache.shape)
@@ -226,11 +229,14 @@ def rope_to_cache(
     _check_int32("positions", positions, qkv)
     _check_int32("slots", slots, qkv)
     if (q_weight is None) != (k_weight is None):
-        raise ValueError("q_weight and k_weight come together: one of them is None")
+        missing = "q_weight" if q_weight is None else "k_weight"
+        raise ValueError(f"q_weight and k_weight come together, got {missing}=None")
     for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
         if weight is not None:
             check_like(name, weight, "qkv", qkv)
             check_shape(name, weight, (head_dim,))
+            if not weight.is_contiguous():
+                raise ValueError(f"{name} must be contiguous, got {name}.stride()={weight.stride()}")
     schedule = schedule or RopeSchedule()
     heads_q = qkv.shape[1] // head_dim - 2 * heads_kv
     q = torch.empty(len(qkv), heads_q, head_dim, dtype=qkv.dtype, device=qkv.device)

@@ -29,6 +29,7 @@ import triton
 import triton.language as tl
 
 from kernels.checks import check_float, check_shape
+from kernels.launch import uncompiled
 from kernels.norm import tree_sum
 from kernels.plan import next_power_of_2
 
@@ -295,12 +296,14 @@ def _rows(x: torch.Tensor) -> torch.Tensor:
     return rows if rows.stride(-1) == 1 else rows.contiguous()
 
 
-def _per_row(name: str, v: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> None:
+def _per_row(name: str, v: torch.Tensor, x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """``v``, one number a row of ``x``, side by side in memory."""
     if not isinstance(v, torch.Tensor) or v.dtype != dtype:
         raise TypeError(f"{name} must be a {dtype} tensor, got {getattr(v, 'dtype', type(v).__name__)}")
     check_shape(name, v, tuple(x.shape[:1]))
     if v.device != x.device:
         raise ValueError(f"{name} must be on {x.device} like x, got {name}.device={v.device}")
+    return v.contiguous()
 
 
 def _reduce_chunks(rows, plan, schedule, *, stats: bool, best: bool, threshold=None, sampling=(None, None, None)):
@@ -348,6 +351,7 @@ def _pick(rows, plan, maxima, sums, found, ids, log_probs) -> None:
         )
 
 
+@uncompiled
 def log_softmax(x: torch.Tensor, *, schedule: SoftmaxSchedule | None = None) -> torch.Tensor:
     """Log-softmax over the last axis, in fp32 whatever the dtype of ``x``.
 
@@ -384,6 +388,7 @@ def log_softmax(x: torch.Tensor, *, schedule: SoftmaxSchedule | None = None) -> 
     return y.view(x.shape)
 
 
+@uncompiled
 def token_log_softmax(x: torch.Tensor, ids: torch.Tensor, *, schedule: SoftmaxSchedule | None = None) -> torch.Tensor:
     """``log_softmax(x)[i, ids[i]]`` for every row, with the same bits, without writing the rest.
 
@@ -400,7 +405,7 @@ def token_log_softmax(x: torch.Tensor, ids: torch.Tensor, *, schedule: SoftmaxSc
         ValueError: shapes or devices that do not fit.
     """
     rows = _rows(x)
-    _per_row("ids", ids, rows, torch.int64)
+    ids = _per_row("ids", ids, rows, torch.int64)
     plan = plan_softmax(rows.shape[1])
     log_probs = torch.empty(len(rows), device=x.device)
     maxima, sums, _ = _reduce_chunks(rows, plan, schedule or choose_schedule(plan), stats=True, best=False)
@@ -408,6 +413,7 @@ def token_log_softmax(x: torch.Tensor, ids: torch.Tensor, *, schedule: SoftmaxSc
     return log_probs
 
 
+@uncompiled
 def argmax(x: torch.Tensor, *, schedule: SoftmaxSchedule | None = None) -> torch.Tensor:
     """Column of the largest number of every row: the lowest one if several hold it, the first NaN if there is one.
 
@@ -430,6 +436,7 @@ def argmax(x: torch.Tensor, *, schedule: SoftmaxSchedule | None = None) -> torch
     return ids.view(x.shape[:-1])
 
 
+@uncompiled
 def sample(
     x: torch.Tensor,
     temperature: torch.Tensor,
@@ -462,11 +469,10 @@ def sample(
         ValueError: shapes or devices that do not fit.
     """
     rows = _rows(x)
-    floats = {"temperature": temperature, "top_p": top_p}
-    for name, v in floats.items():
-        _per_row(name, v, rows, torch.float32)
-    _per_row("seed", seed, rows, torch.int64)
-    _per_row("position", position, rows, torch.int32)
+    temperature = _per_row("temperature", temperature, rows, torch.float32)
+    top_p = _per_row("top_p", top_p, rows, torch.float32)
+    seed = _per_row("seed", seed, rows, torch.int64)
+    position = _per_row("position", position, rows, torch.int32)
     plan = plan_softmax(rows.shape[1])
     schedule = schedule or choose_schedule(plan)
     threshold = torch.empty(len(rows), dtype=torch.int32, device=x.device)

@@ -23,7 +23,7 @@ import torch
 import triton
 import triton.language as tl
 
-from kernels.checks import FLOATS, check_float, check_shape
+from kernels.checks import FLOATS, check_apart, check_float, check_shape
 from kernels.launch import finished_counters, launch, remembers, wait_for_previous_launch
 from kernels.matmul import descriptor_fits, has_wgmma, sm_count, start_of, tile_of
 from kernels.plan import W8A8Plan, plan_w8a8
@@ -261,7 +261,8 @@ def _check_operands(a: torch.Tensor, b: torch.Tensor) -> None:
         raise ValueError(f"a and b must be (M, K) and (K, N), got {tuple(a.shape)} and {tuple(b.shape)}")
 
 
-def _output(shape: tuple[int, int], a, b, dtype: torch.dtype, out: torch.Tensor | None) -> torch.Tensor:
+def _output(shape: tuple[int, int], a, dtype: torch.dtype, out: torch.Tensor | None, **others) -> torch.Tensor:
+    """``out``, checked, or a new tensor; ``others`` are the operands besides ``a``, by their names."""
     if dtype not in FLOATS:
         raise TypeError(f"out_dtype must be bfloat16, float16 or float32, got out_dtype={dtype}")
     if out is None:
@@ -271,9 +272,7 @@ def _output(shape: tuple[int, int], a, b, dtype: torch.dtype, out: torch.Tensor 
         raise ValueError(f"out must be {dtype} on {a.device}, got out.dtype={out.dtype}, out.device={out.device}")
     if (shape[1] > 1 and out.stride(1) != 1) or (shape[0] > 1 and out.stride(0) < shape[1]):
         raise ValueError(f"out must have its rows one after another in memory, got out.stride()={out.stride()}")
-    for name, x in (("a", a), ("b", b)):
-        if x.untyped_storage().data_ptr() == out.untyped_storage().data_ptr() != 0:
-            raise ValueError(f"out shares memory with {name}, which is still read while out is written")
+    check_apart(out, a=a, **others)
     return out
 
 
@@ -332,11 +331,13 @@ def w8a8_matmul(
         if bias.device != a.device:
             raise ValueError(f"bias must be on {a.device} like a, got bias.device={bias.device}")
         bias = bias.contiguous()
-    c = _output((m, n), a, b, out_dtype, out)
+    c = _output((m, n), a, out_dtype, out, b=b, scale_a=scale_a, scale_b=scale_b, bias=bias)
     k_major = a.stride(1) == 1 and b.stride(0) == 1
     specialised = has_wgmma(a.device) and k_major and k > 0 and n % 16 == 0 and c.element_size() == 2
     specialised = specialised and all(descriptor_fits(x) for x in (a, b, c))
     schedule = schedule or choose_schedule(m, n, plan, specialised, sm_count(a.device))
+    if schedule.tail_n and (schedule.swap or not schedule.specialised):
+        raise ValueError(f"schedule={schedule} has a tail, so it must be specialised and not swapped")
     if not schedule.fits(plan):
         raise ValueError(f"schedule={schedule} is outside {plan}, or has too few registers for its tile")
     if schedule.specialised and not specialised:

@@ -129,7 +129,7 @@ def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
     return GluonASTSource(kernel, signature, values, attributes), {"num_warps": s.num_warps}
 
 
-def matmul_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan, dtype: str):
+def matmul_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan, dtype: str, scaled: bool = False):
     if schedule.specialised:
         return specialised_case(schedule, plan)
     pointer = TYPES[dtype]
@@ -152,7 +152,7 @@ def matmul_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan, dtype: str):
     else:
         kernel = matmul._matmul_kernel
         arguments |= {"a_ptr": pointer, "b_ptr": pointer, "stride_am": "i32", "stride_bn": "i32"}
-        constants |= {"EVEN_K": True, "stride_ak": 1, "stride_bk": 1, "SCALED": False}
+        constants |= {"EVEN_K": True, "stride_ak": 1, "stride_bk": 1, "SCALED": scaled}
         strides = ("stride_batch_a", "stride_batch_b", "stride_batch_c", "stride_bias_m", "stride_bias_n")
         arguments |= dict.fromkeys(strides, "i32") | {"alpha": "fp32", "beta": "fp32"}
         divisible |= {"a_ptr", "b_ptr", "stride_am", "stride_bn"}
@@ -352,9 +352,22 @@ def cases(target: str):
             schedule = matmul.specialised_schedule(*tile, swap=ragged, ragged=ragged)
             if schedule.fits(plan):
                 chosen.add((schedule, plan, "bf16"))
+    for (dtype, itemsize), m in itertools.product({"bf16": 2, "fp32": 4}.items(), (1, 16, 64, 512)):
+        plan = plan_matmul(4096, 1024, itemsize)
+        schedule = matmul.choose_schedule(m, 4096, plan, itemsize, False, sms)
+        yield f"addmm {dtype}, {schedule}", *matmul_case(schedule, plan, dtype, scaled=True)
     for schedule, plan, dtype in sorted(chosen, key=repr):
         label = f"matmul {dtype} {plan.precision}, {plan.chunks} chunks, {schedule}"
         yield label, *matmul_case(schedule, plan, dtype)
+
+
+def fused_with(ptx: str, names: list[str], wanted: set[str]) -> list[str]:
+    """Which of the ``wanted`` scalars, of a kernel's arguments ``names``, are factors of a fused multiply-add."""
+    loads = re.findall(r"ld\.param\.b32\s+(%\w+), \[\w+_param_(\d+)\]", ptx)
+    register = {names[int(at)]: name for name, at in loads if int(at) < len(names)}
+    factors = {x for pair in re.findall(r"fma\.rn\.f32\s+%\w+, (%\w+), (%\w+), %\w+", ptx) for x in pair}
+    assert wanted <= register.keys(), f"no load of {wanted - register.keys()} in the PTX"
+    return sorted(name for name in wanted if register[name] in factors)
 
 
 def waits_first(ptx: str) -> bool:
@@ -414,7 +427,11 @@ def main(target: str, kernels) -> None:
     target_info.current_target.__triton_builtin__ = True
     for label, source, options in kernels:
         binary = triton.compile(source, target=TARGETS[target], options=options)
-        print(json.dumps({"kernel": label, **resources(binary, target)}), flush=True)
+        found = {"kernel": label, **resources(binary, target)}
+        if label.startswith("addmm") and "ptx" in binary.asm:
+            names = [name for name in source.fn.arg_names if source.signature[name] != "constexpr"]
+            found["fused"] = fused_with(binary.asm["ptx"], names, {"alpha", "beta"})
+        print(json.dumps(found), flush=True)
 
 
 if __name__ == "__main__":

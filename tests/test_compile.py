@@ -31,7 +31,7 @@ def test_all_families_compile(compiled):
     _, kernels = compiled
     families = {kernel["kernel"].split()[0] for kernel in kernels}
     eight_bit = {"w8a8", "per_token_quant", "rms_norm_per_token_quant", "silu_mul_per_token_quant", "silu_mul"}
-    assert families == {"rms_norm", "layer_norm", "rope", "matmul", "attention"} | eight_bit
+    assert families == {"rms_norm", "layer_norm", "rope", "matmul", "addmm", "attention"} | eight_bit
 
 
 def test_few_registers_are_spilled(compiled):
@@ -45,6 +45,13 @@ def test_launches_that_may_overlap_wait_before_they_touch_memory(compiled):
     target, kernels = compiled
     waiting = [kernel["kernel"] for kernel in kernels if kernel.get("waits_first")]
     assert waiting == ([kernel["kernel"] for kernel in kernels] if target in ("sm_90", "sm_100") else [])
+
+
+def test_scales_are_fused_alike_in_every_tile(compiled):
+    """``fma(total, alpha, beta * bias)``, as written; left to itself the compiler takes the other in some tiles."""
+    _, kernels = compiled
+    fused = [kernel["fused"] for kernel in kernels if "fused" in kernel]
+    assert all(names == ["alpha"] for names in fused)
 
 
 def test_a_missing_and_a_late_wait_are_seen():

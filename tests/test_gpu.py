@@ -98,6 +98,17 @@ def test_a_relay_hands_over_every_bit(sizes, sms, monkeypatch):
                 assert same_bits(got, want), (schedule, compare(got, want))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("alpha", "beta"), [(0.3, 0.7), (1.0, 0.3), (0.3, 1.0)])
+def test_rows_of_a_scaled_addmm_keep_their_bits(dtype, alpha, beta):
+    """Its tiles differ in which product a compiler would fuse into the sum of the two."""
+    whole = max(STRADDLING)
+    a, b, addend = randn(whole, 1024, dtype=dtype), randn(1024, 512, dtype=dtype, seed=1), randn(whole, 512, seed=2)
+    both = torch.cat((a, addend.to(dtype)), dim=1)
+    report = check_prefixes(lambda x: mm.addmm(x[:, 1024:], x[:, :1024], b, alpha=alpha, beta=beta), both, STRADDLING)
+    assert report.invariant, report
+
+
 @pytest.mark.parametrize("m", [1, 9, 255, 256, 257, 265, 272, 273, 512, 777, 1000])
 @pytest.mark.parametrize("shape", [(4096, 512), (768, 4096)])
 def test_ragged_tiles_leave_out_no_row(m, shape):

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from kernels import launch
-from kernels.matmul import matmul
+from kernels.matmul import addmm, matmul
+from kernels.softmax import argmax, log_softmax, sample, token_log_softmax
 from lab.device import ROOT
 
 ACTIVE = {"get_current_device": lambda: 0, "get_current_stream": lambda device: "stream"}
@@ -263,6 +264,41 @@ def test_without_a_compiler_operators_run_as_they_are():
     for _ in range(2):
         operator(torch.ones(4))
     assert len(kernel.calls) == 2 or launch.COMPILED
+
+
+def test_launches_are_apart_only_within_and_again_after_an_error():
+    assert launch._overlap.allowed
+    with launch.launches_apart():
+        with pytest.raises(RuntimeError), launch.launches_apart():
+            raise RuntimeError
+        assert not launch._overlap.allowed
+    assert launch._overlap.allowed
+
+
+def test_no_kernel_is_tuned_where_it_runs():
+    """A race whose winner decides how a sum is cut gives other bits on another day: tables name schedules alone."""
+    for path in sorted((ROOT / "kernels").glob("*.py")):
+        assert not re.search(r"\bautotune\b|\bheuristics\b", path.read_text()), path.name
+
+
+X = torch.arange(20.0).view(4, 5) / 7
+ROWS = torch.arange(4)
+
+
+@pytest.mark.parametrize(
+    "run",
+    [
+        lambda x: addmm(x[:, :3], x, x.t()[:, :3], beta=0.5),
+        log_softmax,
+        argmax,
+        lambda x: token_log_softmax(x, ROWS),
+        lambda x: sample(x, ROWS / 4, 1 - ROWS / 8, ROWS, ROWS.int())[0],
+    ],
+    ids=["addmm", "log_softmax", "argmax", "token_log_softmax", "sample"],
+)
+def test_no_operator_is_traced_by_torch_compile(run):
+    compiled = torch.compile(lambda x: run(x + 1) * 2, backend="eager")
+    assert torch.equal(compiled(X), run(X + 1) * 2)
 
 
 @pytest.mark.parametrize("m", [1, 5])

@@ -4,10 +4,12 @@ On a CPU bfloat16 goes through stock operators: Triton's interpreter multiplies 
 """
 
 import json
+import re
 from dataclasses import fields, replace
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.rope import RopeScaling
 from lab.check import same_bits
@@ -165,6 +167,25 @@ def test_eight_bit_projections_stay_close(precision):
     error = relative_error(Llama(config, weights, precision=precision).logits(tokens), exact)
     # A rounding to 8 bit costs about 1 % of a row's norm (int8) or 3 % (e4m3); several of them add up.
     assert 1e-3 < error < 0.15
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_sum_is_left_to_stock_operators(kind):
+    """Whatever adds up goes through this collection's kernels, on whichever machine: torch only moves numbers."""
+    called = set()
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            called.add(function.overloadpacket.__name__)
+            return function(*args, **(kwargs or {}))
+
+    dtype = torch.bfloat16 if DEVICE.type == "cuda" else torch.float16  # fp32 attention is torch's
+    model = Llama(KINDS[kind], lively(KINDS[kind], dtype, DEVICE))
+    batch, cache = model.sequence(TOKENS[:5])
+    with Watch():
+        model.operators.log_softmax(model.head(model.forward(batch, cache)))
+    adding = r"mm$|matmul|linear|softmax|logsumexp|attention|norm|sum|mean|dot|einsum|conv"
+    assert called and not [name for name in called if re.search(adding, name)]
 
 
 def test_gradients_flow_through_the_reference():

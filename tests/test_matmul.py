@@ -302,6 +302,21 @@ A, B = torch.zeros(3, 4), torch.zeros(4, 5)
         ),
         ({"a": A, "b": torch.zeros(4, 3), "schedule": SCHEDULES[2]}, ValueError, "TMA descriptors"),
         ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], ragged=True, relay=True)}, ValueError, "is ragged"),
+        (
+            {"a": A, "b": B, "schedule": replace(SCHEDULES[1], tail_m=16)},
+            ValueError,
+            "tail_m=16.* must be specialised",
+        ),
+        ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], tail_n=16)}, ValueError, "tail on its left side"),
+        (
+            {"a": torch.zeros(3, 5120), "b": torch.zeros(5120, 8), "schedule": MatmulSchedule(16, 16, 512, 4, 2)},
+            ValueError,
+            "block_k=512.* steps over the ends of the chunks",
+        ),
+        ({"a": A[None], "b": B[None], "schedule": SCHEDULES[0]}, ValueError, "schedule is for two matrices"),
+        ({"a": A, "b": B, "bias": (o := torch.zeros(3, 5))[0], "out": o}, ValueError, "out shares memory with bias"),
+        ({"a": A.clone().requires_grad_(), "b": B}, ValueError, r"a\.requires_grad=True"),
+        ({"a": A, "b": B.clone().requires_grad_()}, ValueError, r"b\.requires_grad=True"),
     ],
 )
 def test_bad_arguments_are_named_with_their_value(arguments, error, message):
@@ -376,6 +391,11 @@ def test_addmm_takes_scales_and_broadcasts(shape, alpha, beta):
     assert (got.double() - want).norm() <= torch.finfo(a.dtype).eps * magnitude.norm()
 
 
+def test_with_alpha_zero_the_product_is_not_read():
+    a, b, addend = matrix(3, 4, torch.float32), matrix(4, 5, torch.float32), matrix(3, 5, torch.float32)
+    assert same_bits(addmm(addend, a * float("nan"), b, alpha=0, beta=0.5), addend * 0.5)
+
+
 def test_with_beta_zero_the_addend_is_not_read():
     a, b = matrix(3, 4, torch.float32), matrix(4, 5, torch.float32)
     nan = torch.full((3, 5), float("nan"), device=DEVICE)
@@ -391,6 +411,14 @@ def test_tiles_that_overlap_add_the_addend_once():
     assert (got.double() - want).norm() <= torch.finfo(a.dtype).eps * magnitude.norm()
     with pytest.raises(ValueError, match="out shares memory with addend"):
         addmm(addend, a, b, out=addend)
+
+
+def test_weights_that_can_be_trained_are_taken_where_no_gradient_is_wanted():
+    weight = matrix(4, 5, torch.float32).requires_grad_()
+    with torch.no_grad():
+        assert same_bits(
+            matmul(matrix(3, 4, torch.float32), weight), matmul(matrix(3, 4, torch.float32), weight.data)
+        )
 
 
 def test_addmm_names_what_does_not_fit():

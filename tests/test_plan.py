@@ -10,11 +10,12 @@ from hypothesis import strategies as st
 
 from kernels import plan
 from kernels.norm import tree_sum_ref
+from kernels.softmax import plan_softmax
 
 
 def test_no_plan_can_see_the_batch():
     forbidden = {"m", "rows", "n_rows", "batch", "q_len", "kv_len", "device", "sms", "grid", "schedule"}
-    for make in (plan.plan_row, plan.plan_matmul, plan.plan_attention):
+    for make in (plan.plan_row, plan.plan_matmul, plan.plan_attention, plan.plan_w8a8, plan_softmax):
         assert not forbidden & set(inspect.signature(make).parameters)
 
 

@@ -162,6 +162,16 @@ def test_rows_of_nan_give_a_token_all_the_same():
         assert ((tokens >= 0) & (tokens < 9)).all()
 
 
+def test_what_each_row_brings_along_may_lie_anywhere():
+    x, take = rows(4, 300), torch.tensor([1, 9, 2, 9, 3, 9, 4, 9], device=DEVICE)
+    for ids in (take[::2], take[1].expand(4)):
+        assert same_bits(token_log_softmax(x, ids), token_log_softmax(x, ids.contiguous()))
+    parameters = take / 9, take / 10, take, take.int()
+    apart = [v[::2] for v in parameters]
+    for got, want in zip(sample(x, *apart), sample(x, *(v.contiguous() for v in apart)), strict=True):
+        assert same_bits(got, want)
+
+
 # ------------------------------------------------------------------------------------------------ errors
 
 X = torch.zeros(2, 8)

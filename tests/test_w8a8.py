@@ -258,6 +258,12 @@ ONE_A, ONE_B = torch.ones(2), torch.ones(16)
         ({"plan": plan_w8a8(64, True)}, ValueError, "not for torch.int8 operands with K=32"),
         ({"plan": plan_w8a8(32, False)}, ValueError, "not for torch.int8 operands with K=32"),
         ({"schedule": W8A8Schedule(512, 512, 64, 4, 3)}, ValueError, "outside"),
+        ({"schedule": W8A8Schedule(64, 64, 64, 4, 3, tail_n=32)}, ValueError, "tail_n=32.* has a tail"),
+        (
+            {"schedule": W8A8Schedule(64, 64, 64, 4, 3, swap=True, specialised=True, tail_n=32)},
+            ValueError,
+            "must be specialised and not swapped",
+        ),
         ({"schedule": W8A8Schedule(128, 128, 128, 8, 4, specialised=True)}, ValueError, "needs a Hopper GPU"),
     ],
 )
@@ -299,3 +305,8 @@ def test_out_that_shares_memory_is_refused():
     a, out = memory.view(2, 32), memory.view(torch.bfloat16).view(2, 16)
     with pytest.raises(ValueError, match="out shares memory with a"):
         w8a8_matmul(a, B.to(DEVICE), ONE_A.to(DEVICE), ONE_B.to(DEVICE), out=out)
+    out = torch.ones(2, 16, device=DEVICE)
+    operands = {"scale_a": ONE_A.to(DEVICE), "scale_b": ONE_B.to(DEVICE), "bias": None}
+    for name, x in {"scale_a": out[0, :2], "scale_b": out[1], "bias": out[0]}.items():
+        with pytest.raises(ValueError, match=f"out shares memory with {name}"):
+            w8a8_matmul(A.to(DEVICE), B.to(DEVICE), **(operands | {name: x}), out=out, out_dtype=torch.float32)
