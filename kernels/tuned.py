@@ -26,20 +26,27 @@ def _table(gpu: str) -> dict[tuple[int, int], tuple[list[int], list[dict]]]:
     path = path_of(gpu)
     if not path.is_file():
         return {}
-    table = json.loads(path.read_text())
-    return {
-        (shape["n"], shape["k"]): (
-            [int(m) for m in shape["rows"]],
-            [table["schedules"][index] for index in shape["rows"].values()],
-        )
-        for shape in table["shapes"]
-    }
+    try:
+        table = json.loads(path.read_text())
+        return {
+            (shape["n"], shape["k"]): (
+                [int(m) for m in shape["rows"]],
+                [table["schedules"][index] for index in shape["rows"].values()],
+            )
+            for shape in table["shapes"]
+            if shape["rows"]
+        }
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is no table of schedules ({error!r}): tune again, or delete it") from error
 
 
 def find(gpu: str, n: int, k: int, m: int) -> dict | None:
     """Fields of the schedule tuned for a weight (n, k) and the first tabulated number of rows at or above ``m``.
 
     Beyond the table its last row counts; ``None`` if the GPU or the shape was not tuned.
+
+    Raises:
+        ValueError: the GPU's file is damaged.
     """
     if (n, k) not in _table(gpu):
         return None

@@ -172,7 +172,7 @@ def save(path: str | Path, config: LlamaConfig, weights: Weights, facts: dict[st
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     tensors = {name: x.detach().cpu().contiguous().clone() for name, x in named_tensors(config, weights)}
-    temporary = path.with_name(f".{path.name}.tmp")
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")  # another process may be saving its own
     save_file(tensors, temporary, metadata={"format": "pt", "config": json.dumps(asdict(config)), **facts})
     os.replace(temporary, path)
 

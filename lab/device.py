@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import subprocess
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -85,9 +87,9 @@ def _driver() -> str:
 
 @lru_cache
 def current_device() -> Device:
-    """The GPU torch sees first, or the CPU with Triton's interpreter."""
+    """The GPU torch sees first; the CPU where there is none, or where TRITON_INTERPRET asks for the interpreter."""
     versions = {"torch": torch.__version__.split("+")[0], "triton": triton.__version__}
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() or triton.knobs.runtime.interpret:
         return Device("CPU (Triton interpreter)", "cpu", "none", **versions, capability=None, sm_count=0, l2_bytes=0,
                       total_bytes=0)  # fmt: skip
     p = torch.cuda.get_device_properties(0)
@@ -120,16 +122,34 @@ def resolve_preset(name: str, device: Device) -> Preset:
 
 @lru_cache
 def commit() -> str:
-    """Commit of the code: ``LAB_COMMIT`` if set, else git's HEAD, marked ``+dirty`` if kernels/ or lab/ differ."""
+    """Commit of the code: ``LAB_COMMIT`` if set, else git's HEAD, marked ``+dirty`` if the code is not HEAD's.
+
+    Code is kernels/, lab/ and the lessons' code cells.
+    """
     if os.environ.get("LAB_COMMIT"):
         return os.environ["LAB_COMMIT"]
 
     def git(*args: str) -> str:
-        run = subprocess.run(["git", "-C", str(ROOT), *args], capture_output=True, text=True, check=True)
+        # A checkout that belongs to another user, as mounted into a container, is still this one.
+        command = ["git", "-c", f"safe.directory={ROOT}", "-C", str(ROOT), *args]
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
         return run.stdout.strip()
 
     try:
+        if Path(git("rev-parse", "--show-toplevel")).resolve() != ROOT:
+            return "unknown"  # an unpacked archive inside somebody's repository: that one's commit says nothing
         head = git("rev-parse", "--short=12", "HEAD")
-        return head + ("+dirty" if git("status", "--porcelain", "--", "kernels", "lab") else "")
-    except (OSError, subprocess.CalledProcessError):
+        changed = git("status", "--porcelain", "--", "kernels", "lab") or _lessons_changed(git)
+        return head + ("+dirty" if changed else "")
+    except (OSError, ValueError, subprocess.CalledProcessError):
         return "unknown"
+
+
+def _lessons_changed(git: Callable[..., str]) -> bool:
+    """Whether the code of a lesson differs from HEAD's; its outputs may, since recording rewrites them."""
+
+    def code(text: str) -> list[str]:
+        return ["".join(cell["source"]) for cell in json.loads(text)["cells"] if cell["cell_type"] == "code"]
+
+    names = git("diff", "--name-only", "--diff-filter=M", "HEAD", "--", "notebooks/*.ipynb").splitlines()
+    return any(code(git("show", f"HEAD:{name}")) != code((ROOT / name).read_text("utf-8")) for name in names)

@@ -76,7 +76,7 @@ class Experiment:
     def how(self) -> str:
         """The command that measures it."""
         if self.lesson is None:
-            return "the tests measure it, on a GPU: make test"
+            return "the tests measure it, on a GPU: make test ARGS=--record-tests"
         return f"lesson {self.lesson} measures it, on a GPU: python -m lab.run {self.lesson} --preset full"
 
 

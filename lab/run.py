@@ -14,6 +14,7 @@ import ast
 import copy
 import os
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -65,7 +66,7 @@ class Parameter:
         if self.type is bool:
             value = {"true": True, "false": False}.get(text.lower(), text)
         elif self.type is not str:
-            with suppress(ValueError, SyntaxError):
+            with suppress(ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
                 value = ast.literal_eval(text)
             if self.type is float and type(value) is int:
                 value = float(value)
@@ -235,9 +236,9 @@ def run_lesson(
     result = Result(lesson)
     before = chart_times()
     started = time.perf_counter()
-    executed.parent.mkdir(parents=True, exist_ok=True)
-    executed.unlink(missing_ok=True)  # a copy of an earlier run must not stand in for this one's
     try:
+        executed.parent.mkdir(parents=True, exist_ok=True)
+        executed.unlink(missing_ok=True)  # a copy of an earlier run must not stand in for this one's
         papermill.execute_notebook(
             str(lesson.path.resolve()),
             str(executed.resolve()),
@@ -450,6 +451,17 @@ def check_preset(values: dict[str, Any], recording: bool) -> None:
         raise Refused(f"--record needs the full preset; preset = {preset.name!r}")
 
 
+def check_out(out: Path, notebooks: Path) -> None:
+    """Refused if executed copies cannot be written to `out`, or would take the place of the lessons."""
+    if out.resolve() == notebooks.resolve():
+        raise Refused(f"--out {out}: the lessons themselves are there")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=out).close()
+    except OSError as error:
+        raise Refused(f"--out {out}: {error.strerror}") from error
+
+
 def run_all(
     lessons: Sequence[Lesson], out: Path, values: dict[str, Any], options: argparse.Namespace
 ) -> tuple[list[Result], bool]:
@@ -460,6 +472,7 @@ def run_all(
         for at, lesson in enumerate(lessons):
             executed = out / lesson.path.name
             bar = {"position": 1, "leave": False, "desc": lesson.name} if watched else False
+            started = time.perf_counter()
             try:
                 results[at] = run_lesson(
                     lesson, executed, values, timeout=options.timeout, commit=options.commit, progress=bar
@@ -468,6 +481,7 @@ def run_all(
                     keep(results[at], executed)
             except KeyboardInterrupt:
                 results[at].outcome = "interrupted"
+                results[at].seconds = time.perf_counter() - started
                 return results, True
             tqdm.write(f"[{at + 1}/{len(lessons)}] {results[at].line}")
             sys.stdout.flush()
@@ -501,6 +515,7 @@ def main(arguments: Sequence[str] | None = None, notebooks: Path = NOTEBOOKS) ->
         preset = [f"preset={options.preset}"] if options.preset else []
         values = parse_parameters(chosen, preset + options.parameters)
         check_preset(values, options.record)
+        check_out(options.out, notebooks)  # last: it makes the folder
     except Refused as error:
         parser.exit(2, f"{parser.prog}: {error}\n")
     results, interrupted = run_all(chosen, options.out, values, options)
@@ -511,4 +526,5 @@ def main(arguments: Sequence[str] | None = None, notebooks: Path = NOTEBOOKS) ->
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # a batch system's Ctrl-C: the summary is still printed
     sys.exit(main())

@@ -1,6 +1,6 @@
 """Search the fastest schedule for every shape on the GPU at hand and write ``kernels/tuned/<gpu>.json``.
 
-    python -m lab.tune [--model llama-3-8b ...] [--tp 1 ...] [--m 1 16 ...]
+    python -m lab.tune [--model llama-3-8b ...] [--tp 1 ...] [--m 64 1024 ...]
 
 Every candidate is first held bit by bit against the plan as another kernel computes it; one that differs is no
 schedule, and stops the search. So tuning can change how long a result takes and nothing else.
@@ -295,8 +295,10 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--m", nargs="+", type=int, default=list(TOKENS), help="numbers of rows")
     options = parser.parse_args(arguments)
     device = current_device()
-    if not device.is_gpu:
-        parser.error("tuning measures on a GPU, and torch sees none here")
+    if not device.is_gpu or not has_wgmma(torch.device("cuda")):
+        parser.error(
+            "tables are for the kernel with specialised warps, which needs a Hopper GPU; torch sees none here"
+        )
     shapes = set().union(*(layers(model, tp) for model, tp in product(options.model, options.tp)))
     compile_all(shapes, options.m)
     path = tuned.path_of(device.name)
@@ -310,7 +312,8 @@ def main(arguments: list[str] | None = None) -> int:
         times = time_model(layers(model, tp), options.m)
         chosen = fastest_few(times, VARIANTS[tp])
         for n, k in layers(model, tp):
-            table[n, k] = {m: _fields(chosen[n, k, m][1]) for m in rows_of(n, options.m)}
+            if rows := {m: _fields(chosen[n, k, m][1]) for m in rows_of(n, options.m)}:
+                table[n, k] = dict(sorted((table.get((n, k), {}) | rows).items()))
         speed = [1 / times[point][variant] for point, variant in chosen.items()]
         speeds = f"mean {geometric_mean(speed):.3f}, least {min(speed):.2f}"
         tqdm.write(f"{model}, {tp} GPUs: torch.mm's time over ours, {speeds}")

@@ -459,6 +459,17 @@ def test_missing_records_skip_a_chart_with_a_sentence(tmp_path, capsys):
     assert draw("rms_norm_gpu_time", store, tmp_path / "figures") is None
 
 
+def test_a_fault_of_one_chart_costs_no_other(tmp_path, monkeypatch):
+    def faulty(store, figures):
+        raise ZeroDivisionError("of its own")
+
+    store = small(tmp_path, matmul=matmul_rows(), invariance=invariance_rows())
+    monkeypatch.setitem(CHARTS, "matmul_ratio", faulty)
+    with pytest.raises(RecordError, match=r"matmul_ratio: ZeroDivisionError\('of its own'\)"):
+        redraw_all(store, tmp_path / "figures")
+    assert (tmp_path / "figures" / "invariance_map.svg").is_file()
+
+
 def test_a_damaged_record_is_an_error_after_the_other_charts_are_drawn(tmp_path):
     store = small(tmp_path, matmul=matmul_rows(), invariance=invariance_rows())
     with open(store.path("matmul"), "ab") as out:

@@ -195,6 +195,23 @@ def test_lessons_go_by_number_name_or_path(house, word):
     assert [lesson.name for lesson in run.select(lessons, [word])] == ["01_b"]
 
 
+def test_the_lessons_own_folder_is_no_place_for_executed_copies(house, capsys):
+    lesson = add_lesson(house, "00_first", "print(1)")
+    before = lesson.read_bytes()
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--out", str(house / "notebooks")], notebooks=house / "notebooks")
+    assert stop.value.code == 2 and "the lessons themselves are there" in capsys.readouterr().err
+    assert lesson.read_bytes() == before
+
+
+def test_a_folder_that_cannot_be_made_is_refused(house, capsys):
+    add_lesson(house, "00_first", "print(1)")
+    (house / "file").touch()
+    with pytest.raises(SystemExit) as stop:
+        run.main(["--out", str(house / "file" / "out")], notebooks=house / "notebooks")
+    assert stop.value.code == 2 and "Not a directory" in capsys.readouterr().err
+
+
 def test_an_unknown_preset_is_refused(house, monkeypatch, capsys):
     monkeypatch.undo()
     add_lesson(house, "00_a")

@@ -1,6 +1,7 @@
 """The tuner's bookkeeping; that its candidates are bit-equal is checked on the GPU, before each is timed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -117,6 +118,42 @@ def test_tuning_without_a_gpu_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         main([])
     assert "torch sees none here" in capsys.readouterr().err
+
+
+def test_tuning_some_rows_keeps_the_others(tmp_path, monkeypatch):
+    """Rows that a table has stay, and a shape without rows to tune leaves no empty entry behind."""
+    chip = SimpleNamespace(is_gpu=True, name="this one", torch="2", triton="3")
+    kept = {"block_m": 16}
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    (tmp_path / "this-one.json").write_text(as_text({"gpu": "this one"}, {(6144, 4096): {64: kept, 2048: kept}}))
+    schedule = choose_schedule(1024, 6144, plan_matmul(6144, 4096, 2), 2, True, 132, True)
+    for name, stand_in in {
+        "current_device": lambda: chip,
+        "has_wgmma": lambda device: True,
+        "compile_all": lambda shapes, tokens: None,
+        "time_model": lambda shapes, tokens: {
+            (*shape, m): {(1, schedule): 0.9} for shape in shapes for m in rows_of(shape[0], tokens)
+        },
+        "fastest_few": lambda times, most: {point: next(iter(found)) for point, found in times.items()},
+    }.items():
+        monkeypatch.setattr(f"lab.tune.{name}", stand_in)
+    assert main(["--model", "llama-3-8b", "--tp", "1", "--m", "1024"]) == 0
+    tuned._table.cache_clear()
+    assert tuned.find("this one", 6144, 4096, 64) == tuned.find("this one", 6144, 4096, 2048) == kept
+    assert tuned.find("this one", 6144, 4096, 1024)["block_m"] == schedule.block_m
+    assert tuned.find("this one", 128256, 4096, 64) is None
+    tuned._table.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "text", ["{", "[]", "{}", '{"schedules": [], "shapes": [{"n": 1, "k": 1, "rows": {"1": 0}}]}']
+)
+def test_a_damaged_table_is_named(tmp_path, monkeypatch, text):
+    (tmp_path / "this-one.json").write_text(text)
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    tuned._table.cache_clear()
+    with pytest.raises(ValueError, match=r"this-one\.json is no table of schedules"):
+        tuned.find("this one", 1, 1, 1)
 
 
 TABLES = sorted(tuned.FOLDER.glob("*.json"))

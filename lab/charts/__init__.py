@@ -1139,15 +1139,17 @@ def draw(name: str, store: Store, figures: Path) -> Figure | None:
 def redraw_all(store: Store, figures: Path) -> list[str]:
     """Draws every chart the records allow and returns their names; the others are named with the reason.
 
-    A damaged record stops only the charts that read it: RecordError at the end, after all others are drawn.
+    A damaged record, or a fault of a chart's own, stops only the charts concerned: RecordError at the end, after all
+    others are drawn.
     """
     drawn, damaged = [], []
     for name in CHARTS:
         try:
             if draw(name, store, figures) is not None:
                 drawn.append(name)
-        except RecordError as error:
-            damaged.append(f"{name}: {error}")
+        except Exception as error:  # whatever it was, the charts after this one are still drawn
+            said = str(error) if isinstance(error, RecordError) else repr(error)
+            damaged.append(f"{name}: {said}")
     if damaged:
         raise RecordError("; ".join(damaged))
     return drawn

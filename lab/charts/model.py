@@ -180,6 +180,7 @@ def tokens_per_s(store: Store, figures: Path) -> Figure:
             speed.set_title(f"{model}: tokens per second")
             ratio.set_title("this collection relative to stock operators")
             ratio.axhline(1, color=MUTED, linewidth=1, zorder=2)
+            share = pd.Series(dtype=float)
             if set(LOOKS) <= set(rates.columns):
                 share = (rates["batch_invariant"] / rates["torch"]).dropna()
                 _line(sheet, ratio, share.index.to_list(), share.to_list(), OURS)
@@ -187,7 +188,7 @@ def tokens_per_s(store: Store, figures: Path) -> Figure:
                     off = 8 if y >= 1 else -14  # away from the line at 1
                     ratio.annotate(f"{y:.2f}", (x, y), xytext=(0, off), textcoords="offset points", ha="center",
                                    fontsize=8.5)  # fmt: skip
-            ratio.set_ylim(0, max(1.25, 1.2 * (max(ratio.get_lines()[-1].get_ydata()))))
+            ratio.set_ylim(0, max([1.25, *(1.2 * share)]))
         for axes in sheet.panels.flat:
             _token_axis(axes, frame["requests"], label="Requests at once")
         for axes in sheet.panels[:-1].flat:
