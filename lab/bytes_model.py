@@ -196,7 +196,10 @@ def load(
             config = LlamaConfig(**settings, rope_scaling=RopeScaling(**scaling) if scaling else None)
             weights = empty_weights(config, dtype, device)
             for name, target in named_tensors(config, weights):
-                target.copy_(file.get_tensor(name))
+                tensor = file.get_tensor(name)
+                if tensor.shape != target.shape:
+                    raise ValueError(f"{name} has shape {tuple(tensor.shape)}, needs {tuple(target.shape)}")
+                target.copy_(tensor)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError, RuntimeError) as error:
         raise CheckpointError(f"{path.name} cannot be read: {error}") from None
     facts.pop("format", None)

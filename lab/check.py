@@ -85,8 +85,8 @@ class Report:
 
     @property
     def invariant(self) -> bool:
-        """Whether no row changed a bit in any case."""
-        return self.rows_differing == 0
+        """Whether there were cases, and no row changed a bit in any of them."""
+        return bool(self.cases) and self.rows_differing == 0
 
     def frame(self) -> pd.DataFrame:
         """Columns case, rows (batch size), rows_differing."""
@@ -98,6 +98,8 @@ class Report:
         tried = f"{len(self.cases)} case{'s' * (len(self.cases) != 1)}"
         if self.invariant:
             return f"{self.verdict} ({tried})"
+        if not self.cases:
+            return "nothing was tried"
         more = [f"  ... and {len(failing) - 5} more"] * (len(failing) > 5)
         return "\n".join([f"NOT {self.verdict}: {len(failing)} of {tried} differ", *failing[:5], *more])
 
@@ -106,16 +108,16 @@ class Report:
 
 def check_prefixes(fn: RowFn, x: torch.Tensor, batch_sizes: Iterable[int]) -> Report:
     """Compare ``fn(x[:m])`` with the same rows of ``fn(x)`` for every batch size ``m`` up to ``len(x)``."""
-    whole = fn(x)
+    whole = fn(x).clone()  # it may be a buffer that the next call writes again
     report = Report()
-    for m in sorted({m for m in batch_sizes if m <= len(x)}):
+    for m in sorted({m for m in batch_sizes if 1 <= m <= len(x)}):
         report.cases.append(("prefix", m, compare(fn(x[:m]), whole[:m])))
     return report
 
 
 def check_planted(fn: RowFn, x: torch.Tensor, row: torch.Tensor, positions: Iterable[int]) -> Report:
     """Plant ``row`` at several positions among the strangers ``x``; compare with ``row`` computed alone."""
-    alone = fn(row[None])
+    alone = fn(row[None]).clone()
     report = Report()
     for position in positions:
         batch = x.clone()
@@ -135,7 +137,7 @@ NEIGHBOURS: dict[str, Callable[[torch.Tensor], torch.Tensor]] = {
 
 def check_neighbours(fn: RowFn, x: torch.Tensor, positions: Iterable[int]) -> Report:
     """Keep one row of ``x`` and spoil all others (huge, infinite, NaN, zero): the row must not notice."""
-    whole = fn(x)
+    whole, positions = fn(x).clone(), list(positions)
     report = Report()
     for case, spoil in NEIGHBOURS.items():
         for position in positions:
@@ -162,7 +164,7 @@ def check_invariance(
     m = len(x)
     if m < 2:
         raise ValueError(f"x must have at least two rows to vary the batch, got x.shape={tuple(x.shape)}")
-    positions = sorted({0, 1, m // 2, m - 1}) if positions is None else positions
+    positions = sorted({0, 1, m // 2, m - 1}) if positions is None else list(positions)
     report = check_prefixes(fn, x, batch_sizes)
     report.cases += check_planted(fn, x.flip(0), x[m // 3], positions).cases
     report.cases += check_neighbours(fn, x, positions).cases
@@ -171,7 +173,7 @@ def check_invariance(
 
 def check_run_to_run(fn: Callable[[], torch.Tensor], runs: int = 10) -> Report:
     """Call ``fn`` again and again on the same inputs: run-to-run determinism, which is not batch invariance."""
-    first = fn()
+    first = fn().clone()
     report = Report(verdict="deterministic")
     for run in range(1, runs):
         report.cases.append((f"run {run}", len(first), compare(fn(), first)))

@@ -288,6 +288,8 @@ def load_weights(folder: str | Path, config: LlamaConfig, dtype: torch.dtype, de
             if name not in held:
                 raise CheckpointError(f"{path} lacks {name}, which the index says it holds")
             tensor = shard.get_tensor(name)
+            if not tensor.is_floating_point():
+                raise CheckpointError(f"{path}: {name} has dtype {tensor.dtype}, a weight must be floating point")
             if tensor.shape != target.shape:
                 raise CheckpointError(
                     f"{path}: {name} has shape {tuple(tensor.shape)}, {config.name} needs {tuple(target.shape)}"

@@ -16,10 +16,9 @@ On stock operators nothing of that holds, which is what the engine lets one see.
 
 from __future__ import annotations
 
-import math
 from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass, field, replace
 from functools import partial
 from heapq import heappop, heappush
 from operator import index
@@ -33,6 +32,10 @@ from lab.llama import Batch, Llama
 # --------------------------------------------------------------------------------------------- requests
 
 
+MAX_TEMPERATURE = 1e36
+"""In fp32 its product with the largest noise, about 23, is still finite."""
+
+
 @dataclass(frozen=True)
 class Request:
     """What to complete, and how."""
@@ -43,7 +46,7 @@ class Request:
     """0 takes the most probable token (the lowest, if several are)."""
     top_p: float = 1.0
     seed: int = 0
-    stop: Sequence[int] = ()
+    stop: Collection[int] = ()
     """Tokens that end the completion, of which they are the last."""
     arrival: int = 0
     """The engine's step before which the request is not there."""
@@ -52,9 +55,17 @@ class Request:
         """Raise what is wrong with it.
 
         Raises:
-            TypeError: a token that is not an integer.
+            TypeError: a token or another whole number that is none; ``prompt`` or ``stop`` that cannot be read twice.
             ValueError: an empty prompt, a token outside the vocabulary, a sampling value out of range.
         """
+        for name in ("prompt", "stop"):
+            if not isinstance(getattr(self, name), Collection):
+                raise TypeError(f"{name} must be a sequence of tokens, got {getattr(self, name)!r}")
+        for name in ("max_new_tokens", "seed", "arrival"):
+            try:
+                index(getattr(self, name))
+            except TypeError:
+                raise TypeError(f"{name} must be an integer, got {name}={getattr(self, name)!r}") from None
         if not len(self.prompt):
             raise ValueError("prompt must have at least one token, got an empty one")
         for name, tokens in (("prompt", self.prompt), ("stop", self.stop)):
@@ -63,8 +74,8 @@ class Request:
                 raise ValueError(f"{name} holds token {wrong[0]!r}, outside the vocabulary of {vocab}")
         if self.max_new_tokens < 1:
             raise ValueError(f"max_new_tokens must be at least 1, got max_new_tokens={self.max_new_tokens}")
-        if not (math.isfinite(self.temperature) and self.temperature >= 0):
-            raise ValueError(f"temperature must be finite and at least 0, got temperature={self.temperature}")
+        if not 0 <= self.temperature <= MAX_TEMPERATURE:
+            raise ValueError(f"temperature must lie in [0, {MAX_TEMPERATURE:g}], got temperature={self.temperature}")
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must lie in (0, 1], got top_p={self.top_p}")
         if not 0 <= self.seed < 2**63:
@@ -428,12 +439,21 @@ class Engine:
             TypeError: a token that is not an integer.
             ValueError: a request that is wrong in itself, or that could never fit.
         """
-        request.check(self.model.config.vocab)
+        self.check(request)
+        # Copied: what the caller does to them later is not this request's business.
+        request = replace(request, stop=frozenset(map(index, request.stop)))
         sequence = _Sequence(request, [index(token) for token in request.prompt], Completion())
-        length = sequence.length
+        heappush(self._to_come, (request.arrival, self._submitted, sequence))
+        self._submitted += 1
+        return sequence.completion
+
+    def check(self, request: Request) -> None:
+        """Raise what ``submit`` would raise."""
+        request.check(self.model.config.vocab)
+        length = len(request.prompt) + request.max_new_tokens
         if length > self.max_length:
             raise ValueError(
-                f"a prompt of {len(sequence.prompt)} tokens and max_new_tokens={request.max_new_tokens} "
+                f"a prompt of {len(request.prompt)} tokens and max_new_tokens={request.max_new_tokens} "
                 f"make {length}, more than max_length={self.max_length}"
             )
         pages = -(-length // self.page_size)
@@ -441,12 +461,12 @@ class Engine:
             raise ValueError(
                 f"a request of {length} tokens needs {pages} pages, the cache has {len(self.pages.users)}"
             )
-        heappush(self._to_come, (request.arrival, self._submitted, sequence))
-        self._submitted += 1
-        return sequence.completion
 
     def run(self, requests: Iterable[Request]) -> list[Completion]:
         """Complete all of them, in whatever company ``arrival`` and the cache give them; results in their order."""
+        requests = list(requests)
+        for request in requests:
+            self.check(request)
         completions = [self.submit(request) for request in requests]
         while self.busy:
             self.step()
@@ -493,8 +513,8 @@ class Engine:
             self.upload(moves.view(-1), [page for pages in zip(*copies, strict=True) for page in pages])
             source, target = moves.long()
             self.cache.data.index_copy_(2, target, self.cache.data.index_select(2, source))
-        floats = torch.tensor([request.temperature, request.top_p]).view(torch.int32).tolist()
-        seed = torch.tensor([request.seed]).view(torch.int32).tolist()
+        floats = torch.tensor([request.temperature, request.top_p], dtype=torch.float32).view(torch.int32).tolist()
+        seed = torch.tensor([index(request.seed)], dtype=torch.int64).view(torch.int32).tolist()
         row = [*seed, *floats, *sequence.pages[: self.max_pages]]
         self.upload(self.state[sequence.slot, : len(row)], row)
         return sequence
@@ -502,28 +522,13 @@ class Engine:
     def _prefill(self) -> bool:
         """Launch up to ``chunk`` tokens of prompts, the oldest first."""
         parts: list[tuple[_Sequence, int]] = []
-        room = self.chunk
-        while room and len(parts) < self.prefill_rows:
-            if self._prefilling:
-                sequence = self._prefilling.popleft()
-            elif (sequence := self._admit()) is None:
-                break
-            count = min(room, len(sequence.prompt) - sequence.prefilled)
-            parts.append((sequence, count))
-            room -= count
-        if not parts:
+        try:
+            launch = self._launch_parts(parts)
+        except BaseException:  # an interrupt, no memory: who was taken out goes back, and a later step tries again
+            self._prefilling.extendleft(sequence for sequence, _ in reversed(parts))
+            raise
+        if launch is None:
             return False
-        size = _bucket(self.chunk - room, self._prefill_buckets)
-        rows, padding = self.prefill_rows, self.prefill_rows - len(parts)
-        starts, cu_q, tokens = [], [0], []
-        for sequence, count in parts:
-            starts.append(sequence.prefilled)
-            tokens += sequence.prompt[sequence.prefilled : sequence.prefilled + count]
-            cu_q.append(len(tokens))
-        slots = [sequence.slot for sequence, _ in parts]
-        inputs = [*slots, *[-1] * padding, *cu_q, *cu_q[-1:] * padding, *starts, *[0] * padding, *tokens]
-        launch = self._launch(self._prefillers, size, lambda: _Launch(self, rows, size))
-        launch.run(inputs)
         owners: list[_Sequence | None] = []
         unfinished = []
         for sequence, count in parts:
@@ -540,6 +545,32 @@ class Engine:
         self._prefilling.extendleft(reversed(unfinished))
         self._expect(launch, owners)
         return True
+
+    def _launch_parts(self, parts: list[tuple[_Sequence, int]]) -> _Launch | None:
+        """Take sequences and how many tokens of each into ``parts``, and launch them."""
+        room = self.chunk
+        while room and len(parts) < self.prefill_rows:
+            if self._prefilling:
+                sequence = self._prefilling.popleft()
+            elif (sequence := self._admit()) is None:
+                break
+            count = min(room, len(sequence.prompt) - sequence.prefilled)
+            parts.append((sequence, count))
+            room -= count
+        if not parts:
+            return None
+        size = _bucket(self.chunk - room, self._prefill_buckets)
+        rows, padding = self.prefill_rows, self.prefill_rows - len(parts)
+        starts, cu_q, tokens = [], [0], []
+        for sequence, count in parts:
+            starts.append(sequence.prefilled)
+            tokens += sequence.prompt[sequence.prefilled : sequence.prefilled + count]
+            cu_q.append(len(tokens))
+        slots = [sequence.slot for sequence, _ in parts]
+        inputs = [*slots, *[-1] * padding, *cu_q, *cu_q[-1:] * padding, *starts, *[0] * padding, *tokens]
+        launch = self._launch(self._prefillers, size, lambda: _Launch(self, rows, size))
+        launch.run(inputs)
+        return launch
 
     def _decode(self) -> bool:
         """Launch one token for every running request."""

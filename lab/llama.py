@@ -35,6 +35,8 @@ from kernels.rope import RopeScaling, rope_ref, rope_table, rope_to_cache
 from kernels.softmax import log_softmax, token_log_softmax
 from lab.checkpoint import Layer, LlamaConfig, Weights, empty_weights, load_weights, read_config
 
+INTEGERS = (torch.uint8, torch.int16, torch.int32, torch.int64)
+
 CONFIGS = {
     config.name: config
     for config in (
@@ -511,8 +513,15 @@ class Llama:
         """A batch of one whole sequence ``tokens`` (T,), and a fresh cache for it.
 
         Raises:
-            ValueError: no tokens, or more than the model has positions for.
+            ValueError: no tokens, or more than the model has positions for, or some that are none of its vocabulary.
         """
+        if tokens.ndim != 1 or tokens.dtype not in INTEGERS:
+            shape = tuple(tokens.shape)
+            raise ValueError(f"tokens must be integers of one axis, got tokens.dtype={tokens.dtype}, {shape=}")
+        low, high = tokens.aminmax() if len(tokens) else (0, 0)
+        if low < 0 or high >= self.config.vocab:
+            wrong = int(low if low < 0 else high)
+            raise ValueError(f"tokens hold {wrong}, outside the vocabulary of {self.config.vocab}")
         length = len(tokens)
         if not 1 <= length <= self.max_positions:
             raise ValueError(f"a sequence must have 1 to {self.max_positions} tokens, got {length}")

@@ -59,6 +59,41 @@ def test_a_threshold_is_missed_by_small_batches_and_caught_by_straddling_ones():
     assert frame.rows_differing[255] > 0
 
 
+BUFFER = torch.empty(300, 64)
+
+
+def into_a_buffer(x):
+    """Depends on the batch, and always answers in the same memory, as a captured graph does."""
+    return torch.add(x / x.abs().max(), len(x), out=BUFFER[: len(x)])
+
+
+def in_place(x):
+    x -= x.mean()
+    return x
+
+
+@pytest.mark.parametrize("fn", [into_a_buffer, in_place])
+def test_a_function_that_writes_over_its_last_answer_is_caught(fn):
+    assert not check.check_prefixes(fn, X.clone(), (1, 4, 255)).invariant
+    assert not check.check_invariance(fn, X.clone(), (1, 4, 255), positions=[0]).invariant
+
+
+def test_a_draw_into_a_buffer_is_not_deterministic():
+    assert not check.check_run_to_run(lambda: BUFFER.copy_(torch.rand(300, 1))).invariant
+
+
+def test_positions_may_come_from_an_iterator():
+    """Not spent on the first kind of neighbour."""
+    report = check.check_neighbours(lambda x: x, torch.randn(8, 4), iter([0, 5]))
+    assert len(report.cases) == 2 * len(check.NEIGHBOURS)
+
+
+@pytest.mark.parametrize("batch_sizes", [(), (0, -1), (9,)])
+def test_nothing_tried_is_nothing_shown(batch_sizes):
+    report = check.check_prefixes(lambda x: x, torch.randn(8, 4), batch_sizes)
+    assert not report.invariant and str(report) == "nothing was tried"
+
+
 def test_prefixes_beyond_the_batch_are_left_out():
     assert check.check_prefixes(row_sum, X[:8], [1, 8, 9]).frame().rows.tolist() == [1, 8]
 

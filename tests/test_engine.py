@@ -309,6 +309,12 @@ def test_decode_buckets_cover_every_size():
         (Request([1, 64], 1), ValueError, "token 64, outside the vocabulary of 64"),
         (Request([-1], 1), ValueError, "token -1"),
         (Request([1.5], 1), TypeError, "float"),
+        (Request(iter([1]), 1), TypeError, "prompt must be a sequence of tokens"),
+        (Request([1], 1, stop=iter([2])), TypeError, "stop must be a sequence of tokens"),
+        (Request([1], 2.0), TypeError, "max_new_tokens=2.0"),
+        (Request([1], 1, seed=5.0), TypeError, "seed=5.0"),
+        (Request([1], 1, arrival=float("inf")), TypeError, "arrival=inf"),
+        (Request([1], 1, temperature=1e39), ValueError, r"temperature=1e\+39"),
         (Request([1], 0), ValueError, "max_new_tokens=0"),
         (Request([1], 1, temperature=-0.1), ValueError, "temperature=-0.1"),
         (Request([1], 1, temperature=float("nan")), ValueError, "temperature=nan"),
@@ -328,6 +334,64 @@ def test_a_wrong_request_is_refused_and_disturbs_nobody(request_, error, message
     while running.busy:
         running.step()
     assert good.finish == "length"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"temperature": 0, "top_p": 1}, {"temperature": np.float64(0.7)}, {"seed": np.int32(5)}, {"seed": True}],
+    ids=str,
+)
+def test_numbers_of_any_type_mean_what_they_say(options, models, dot_in_order):
+    """To the request and, whose header lies behind its own, to its neighbour."""
+    plain = {name: type(getattr(Request([1], 1), name))(value) for name, value in options.items()}
+    given, meant = (
+        engine(models["batch_invariant"]).run([Request([9] * 20, 3), Request(range(20), 3, **values)])
+        for values in (options, plain)
+    )
+    assert [c.tokens for c in given] == [c.tokens for c in meant]
+    assert all(c.finish == "length" for c in given)
+
+
+def test_an_interrupted_step_loses_nobody(models, monkeypatch):
+    """Ctrl-C in the middle of a prefill; then on."""
+    model = models["torch"].with_operators("torch")
+    requests = [Request([1] * 20, 2), Request([2] * 20, 2)]
+    want, running = [alone(model, request) for request in requests], engine(model)
+    completions = [running.submit(request) for request in requests]
+    forward, calls = model.forward, []
+
+    def interrupted(*arguments):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return forward(*arguments)
+
+    monkeypatch.setattr(model, "forward", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        while running.busy:
+            running.step()
+    while running.busy:
+        running.step()
+    assert [c.tokens for c in completions] == [c.tokens for c in want]
+    assert len(running.pages.free_slots) == 3
+
+
+def test_one_wrong_request_keeps_all_of_its_run_out(models):
+    running = engine(models["torch"])
+    with pytest.raises(ValueError, match="empty"):
+        running.run([Request([5], 2), Request([], 1)])
+    assert not running.busy
+
+
+def test_what_happens_to_a_list_of_stops_later_is_not_the_requests_business(models):
+    model = models["torch"]
+    tokens = alone(model, Request([3], 6)).tokens
+    stops, running = [tokens[1]], engine(model)
+    completion = running.submit(Request([3], 6, stop=stops))
+    stops.clear()
+    while running.busy:
+        running.step()
+    assert completion.tokens == tokens[: tokens.index(tokens[1]) + 1] and completion.finish == "stop"
 
 
 def test_a_request_that_could_never_fit_is_refused(models):

@@ -9,6 +9,7 @@ from dataclasses import fields, replace
 
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernels.rope import RopeScaling
@@ -263,6 +264,30 @@ def test_the_older_spelling_of_rope_is_read(saved):
     )
     config, dtype = read_config(saved)
     assert (config.rope_theta, config.rope_scaling, dtype) == (123.0, SCALED.rope_scaling, torch.float16)
+
+
+@pytest.mark.parametrize("dtype", [torch.int8, torch.bool, torch.complex64])
+def test_weights_that_are_no_floats_are_refused(dtype, saved):
+    path = saved / "model.safetensors"
+    tensors = load_file(path)
+    tensors["model.norm.weight"] = tensors["model.norm.weight"].to(dtype)
+    save_file(tensors, path)
+    with pytest.raises(CheckpointError, match=rf"model\.norm\.weight has dtype {dtype}"):
+        Llama.load(saved, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("tokens", "message"),
+    [
+        (torch.tensor([1.9]), r"dtype=torch\.float32"),
+        (torch.tensor([[1]]), r"\(1, 1\)"),
+        (torch.tensor([1, 96]), "tokens hold 96, outside the vocabulary of 96"),
+        (torch.tensor([-1, 2]), "tokens hold -1"),
+    ],
+)
+def test_tokens_outside_the_vocabulary_are_named(tokens, message):
+    with pytest.raises(ValueError, match=message):
+        Llama(SMALL, lively(SMALL, torch.float32), "torch").logits(tokens)
 
 
 def test_missing_and_broken_files_are_named(saved):
