@@ -7,6 +7,7 @@ half its weights would still write text.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -50,6 +51,12 @@ class LlamaConfig:
                 raise ValueError(f"{field} must be a positive integer, got {field}={value!r}")
         if self.heads_q % self.heads_kv:
             raise ValueError(f"heads_q={self.heads_q} must be a multiple of heads_kv={self.heads_kv}")
+        for field in ("eps", "rope_theta"):
+            _positive(field, getattr(self, field))
+        for field, value in vars(self.rope_scaling).items() if self.rope_scaling else ():
+            _positive(f"rope_scaling.{field}", value)
+        if not isinstance(self.tied, bool):
+            raise ValueError(f"tied must be True or False, got tied={self.tied!r}")
 
     @property
     def qkv_rows(self) -> int:
@@ -167,6 +174,11 @@ def _read_json(path: Path) -> dict:
     return content
 
 
+def _positive(name: str, value: float) -> None:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise ValueError(f"{name} must be a finite number above 0, got {name}={value!r}")
+
+
 def _need(settings: dict, name: str, path: Path):
     if settings.get(name) is None:
         raise CheckpointError(f"{path} lacks {name!r}")
@@ -176,6 +188,8 @@ def _need(settings: dict, name: str, path: Path):
 def _rope(settings: dict, path: Path) -> tuple[float, RopeScaling | None]:
     """Base and scaling, from either spelling: ``rope_parameters``, or ``rope_theta`` beside ``rope_scaling``."""
     rope = settings.get("rope_parameters") or settings.get("rope_scaling") or {}
+    if not isinstance(rope, dict):
+        raise CheckpointError(f"{path}: rope_parameters must be an object, got {rope!r}")
     theta = rope.get("rope_theta", settings.get("rope_theta", 10_000.0))
     kind = rope.get("rope_type", rope.get("type", "default"))
     partial = rope.get("partial_rotary_factor", settings.get("partial_rotary_factor", 1.0))
@@ -184,10 +198,9 @@ def _rope(settings: dict, path: Path) -> tuple[float, RopeScaling | None]:
             f"{path}: rope_type={kind!r}, partial_rotary_factor={partial} is not supported; use 'default' or 'llama3'"
         )
     if kind == "default":
-        return float(theta), None
+        return theta, None
     fields = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
-    factor, low, high, length = (_need(rope, field, path) for field in fields)
-    return float(theta), RopeScaling(float(factor), float(low), float(high), int(length))
+    return theta, RopeScaling(*(_need(rope, field, path) for field in fields))
 
 
 def read_config(folder: str | Path) -> tuple[LlamaConfig, torch.dtype]:
@@ -212,7 +225,7 @@ def read_config(folder: str | Path) -> tuple[LlamaConfig, torch.dtype]:
         if settings.get(name) not in accepted:
             raise CheckpointError(f"{path}: {name}={settings[name]!r} is not supported")
     dtype = settings.get("dtype") or settings.get("torch_dtype") or "float32"
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise CheckpointError(f"{path}: dtype={dtype!r} is not one of {list(DTYPES)}")
     theta, scaling = _rope(settings, path)
     heads, hidden = _need(settings, "num_attention_heads", path), _need(settings, "hidden_size", path)
@@ -224,16 +237,16 @@ def read_config(folder: str | Path) -> tuple[LlamaConfig, torch.dtype]:
             layers=_need(settings, "num_hidden_layers", path),
             heads_q=heads,
             heads_kv=settings.get("num_key_value_heads") or heads,
-            head_dim=settings.get("head_dim") or hidden // heads,
+            head_dim=settings.get("head_dim") or hidden // max(heads, 1),
             ffn=_need(settings, "intermediate_size", path),
             eps=_need(settings, "rms_norm_eps", path),
             rope_theta=theta,
             rope_scaling=scaling,
             max_positions=_need(settings, "max_position_embeddings", path),
-            tied=bool(settings.get("tie_word_embeddings", False)),
+            tied=settings.get("tie_word_embeddings", False),
             qk_norm=ARCHITECTURES[architecture] == "qwen3",
         )
-    except ValueError as error:
+    except (TypeError, ValueError) as error:
         raise error if isinstance(error, CheckpointError) else CheckpointError(f"{path}: {error}") from None
     return config, DTYPES[dtype]
 
@@ -246,6 +259,8 @@ def _files(folder: Path) -> dict[str, Path]:
     index = folder / "model.safetensors.index.json"
     if index.exists():
         shards = _need(_read_json(index), "weight_map", index)
+        if not isinstance(shards, dict) or not all(isinstance(file, str) for file in shards.values()):
+            raise CheckpointError(f"{index}: weight_map must name a file for every tensor")
         return {name: folder / file for name, file in shards.items()}
     path = folder / "model.safetensors"
     return dict.fromkeys(_open(path).keys(), path)

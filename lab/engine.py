@@ -501,12 +501,20 @@ class Engine:
         if not self._waiting:
             return None
         sequence = self._waiting[0]
-        request = sequence.request
         room = self.pages.admit(sequence.prompt, sequence.length)
         if room is None:
             return None
-        self._waiting.popleft()
         sequence.slot, sequence.pages, known, copies = room
+        try:
+            self._settle(sequence, known, copies)
+        except BaseException:  # an interrupt: it stays the first in the queue, and its room is free again
+            self.pages.release(sequence.slot, sequence.pages)
+            raise
+        return self._waiting.popleft()
+
+    def _settle(self, sequence: _Sequence, known: int, copies: list[tuple[int, int]]) -> None:
+        """Copy what is known of a prompt to where it is wanted, and tell the device where the sequence lives."""
+        request = sequence.request
         sequence.prefilled = sequence.completion.cached_tokens = known * self.page_size
         if copies:
             moves = torch.empty(2, len(copies), dtype=torch.int32, device=self.model.device)
@@ -517,7 +525,6 @@ class Engine:
         seed = torch.tensor([index(request.seed)], dtype=torch.int64).view(torch.int32).tolist()
         row = [*seed, *floats, *sequence.pages[: self.max_pages]]
         self.upload(self.state[sequence.slot, : len(row)], row)
-        return sequence
 
     def _prefill(self) -> bool:
         """Launch up to ``chunk`` tokens of prompts, the oldest first."""

@@ -352,21 +352,23 @@ def test_numbers_of_any_type_mean_what_they_say(options, models, dot_in_order):
     assert all(c.finish == "length" for c in given)
 
 
-def test_an_interrupted_step_loses_nobody(models, monkeypatch):
-    """Ctrl-C in the middle of a prefill; then on."""
+@pytest.mark.parametrize("when", ["forward", "upload"])
+def test_an_interrupted_step_loses_nobody(models, monkeypatch, when):
+    """Ctrl-C in the middle of a prefill, or while a request is being let in; then on."""
     model = models["torch"].with_operators("torch")
     requests = [Request([1] * 20, 2), Request([2] * 20, 2)]
     want, running = [alone(model, request) for request in requests], engine(model)
     completions = [running.submit(request) for request in requests]
-    forward, calls = model.forward, []
+    owner = model if when == "forward" else running
+    carry_on, calls = getattr(owner, when), []
 
     def interrupted(*arguments):
         calls.append(1)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return forward(*arguments)
+        return carry_on(*arguments)
 
-    monkeypatch.setattr(model, "forward", interrupted)
+    monkeypatch.setattr(owner, when, interrupted)
     with pytest.raises(KeyboardInterrupt):
         while running.busy:
             running.step()

@@ -243,6 +243,26 @@ def rewrite(folder, **changes):
         ({"attention_bias": True}, "attention_bias=True"),
         ({"quantization_config": {"bits": 4}}, "quantization_config"),
         ({"dtype": "int8"}, "dtype='int8'"),
+        ({"dtype": ["float32"]}, r"dtype=\['float32'\]"),
+        ({"rms_norm_eps": -1}, "eps=-1"),
+        ({"rms_norm_eps": True}, "eps=True"),
+        ({"rope_parameters": {"rope_theta": 0}}, "rope_theta=0"),
+        ({"rope_parameters": {"rope_theta": "x"}}, "rope_theta='x'"),
+        ({"rope_parameters": [1]}, r"rope_parameters must be an object, got \[1\]"),
+        (
+            {
+                "rope_parameters": {
+                    "rope_type": "llama3",
+                    "factor": 0,
+                    "low_freq_factor": 1.0,
+                    "high_freq_factor": 4.0,
+                    "original_max_position_embeddings": 32,
+                }
+            },
+            r"rope_scaling\.factor=0",
+        ),
+        ({"num_attention_heads": 0, "head_dim": "gone"}, "heads_q=0"),
+        ({"tie_word_embeddings": "false"}, "tied='false'"),
         ({"num_key_value_heads": 3}, "heads_q=4"),
         ({"num_hidden_layers": 3}, r"lacks 9 tensors.*model\.layers\.2\.input_layernorm"),
         ({"num_hidden_layers": 1}, r"holds 9 tensors.*layers\.1"),
@@ -291,6 +311,10 @@ def test_tokens_outside_the_vocabulary_are_named(tokens, message):
 
 
 def test_missing_and_broken_files_are_named(saved):
+    for wrong in (["x"], {"x": 1}):
+        (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": wrong}))
+        with pytest.raises(CheckpointError, match="weight_map must name a file for every tensor"):
+            Llama.load(saved, device="cpu")
     (saved / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"x": "gone.safetensors"}}))
     with pytest.raises(CheckpointError, match="lacks 21 tensors"):
         Llama.load(saved, device="cpu")
