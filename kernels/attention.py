@@ -668,12 +668,21 @@ def _scale_log2(scale: float | None, head_dim: int) -> float:
     return scale_log2
 
 
+def _check_whole(name: str, value: int) -> None:
+    if not isinstance(value, int) or isinstance(value, bool):
+        raise TypeError(f"{name} must be a whole number, got {name}={value!r}")
+
+
+def _found(x: object) -> str:
+    """What was given where a tensor of some shape was wanted: its shape, or its type."""
+    return f"shape {tuple(x.shape)}" if isinstance(x, torch.Tensor) else type(x).__name__
+
+
 def _window(window: int | None, causal: bool, kv_len: int) -> int | None:
     """``window`` checked; ``None`` where it reaches past every key."""
     if window is None:
         return None
-    if not isinstance(window, int) or isinstance(window, bool):
-        raise TypeError(f"window must be a whole number, got window={window!r}")
+    _check_whole("window", window)
     if window < 1:
         raise ValueError(f"window must be at least 1, got window={window}")
     if not causal:
@@ -683,11 +692,9 @@ def _window(window: int | None, causal: bool, kv_len: int) -> int | None:
 
 def _check_heads(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, k_name: str, v_name: str, q_ndim: int) -> None:
     """dtypes, devices, ranks and head sizes of ``q`` and of keys and values called ``k_name`` and ``v_name``."""
-    if not isinstance(q, torch.Tensor):
-        raise TypeError(f"q must be a torch.Tensor, got {type(q).__name__}")
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        raise TypeError(f"q must be bfloat16 or float16, got q.dtype={q.dtype}")
     check_float("q", q)
+    if q.dtype == torch.float32:
+        raise TypeError(f"q must be bfloat16 or float16, got q.dtype={q.dtype}")
     if q.ndim != q_ndim:
         raise ValueError(f"q must have {q_ndim} axes, got q.shape={tuple(q.shape)}")
     for name, x in ((k_name, k), (v_name, v)):
@@ -921,8 +928,7 @@ def attention_paged(
     batch = _check_cu("cu_q", cu_q, q.device)
     _check_index("kv_lens", kv_lens, (batch,), q.device)
     if not isinstance(page_table, torch.Tensor) or page_table.ndim != 2:
-        found = tuple(page_table.shape) if isinstance(page_table, torch.Tensor) else type(page_table).__name__
-        raise ValueError(f"page_table must be a tensor with two axes, (batch, max_pages), got {found}")
+        raise ValueError(f"page_table must be a tensor of shape (batch, max_pages), got {_found(page_table)}")
     _check_index("page_table", page_table, (batch, page_table.shape[1]), q.device)
     _check_most("max_q", max_q)
     capacity = page_table.shape[1] * page_size
@@ -944,15 +950,13 @@ def attention_paged(
 def _check_cu(name: str, cu: torch.Tensor, device: torch.device) -> int:
     """``cu`` as an index of its own length; the number of sequences it divides."""
     if not isinstance(cu, torch.Tensor) or cu.ndim != 1 or not len(cu):
-        found = tuple(cu.shape) if isinstance(cu, torch.Tensor) else type(cu).__name__
-        raise ValueError(f"{name} must be a tensor of shape (batch + 1,), got {found}")
+        raise ValueError(f"{name} must be a tensor of shape (batch + 1,), got {_found(cu)}")
     _check_index(name, cu, tuple(cu.shape), device)
     return len(cu) - 1
 
 
 def _check_most(name: str, most: int) -> None:
-    if not isinstance(most, int) or isinstance(most, bool):
-        raise TypeError(f"{name} must be a whole number, got {name}={most!r}")
+    _check_whole(name, most)
     if most < 0:
         raise ValueError(f"{name} must not be negative, got {name}={most}")
 

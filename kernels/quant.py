@@ -415,9 +415,9 @@ def migrate_outliers(
         raise ValueError(f"act_max must be on {weight.device} like weight, got act_max.device={act_max.device}")
     if not 0 <= alpha <= 1:
         raise ValueError(f"alpha must be between 0 and 1, got alpha={alpha}")
-    if not ((act_max >= 0) & (act_max < float("inf"))).all():
-        wrong = act_max[~((act_max >= 0) & (act_max < float("inf")))][0].item()
-        raise ValueError(f"act_max must be finite and not below zero, got {wrong}")
+    wrong = act_max[~((act_max >= 0) & (act_max < float("inf")))]
+    if len(wrong):
+        raise ValueError(f"act_max must be finite and not below zero, got {wrong[0].item()}")
     act, channel = act_max.double(), weight.abs().amax(0).double()
     power = (alpha * act.log2() - (1 - alpha) * channel.log2()).round()
     power = torch.where((act > 0) & (channel > 0), power, 0)

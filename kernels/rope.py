@@ -210,9 +210,11 @@ def rope_to_cache(
         ValueError: shapes, strides or devices that do not fit; one norm weight without the other.
     """
     check_float("qkv", qkv)
-    if not isinstance(table, torch.Tensor) or table.ndim != 2 or table.device != qkv.device:
-        found = getattr(table, "shape", type(table).__name__), getattr(table, "device", None)
-        raise ValueError(f"table must be (positions, head_dim) on {qkv.device}, got {found[0]} on {found[1]}")
+    if not isinstance(table, torch.Tensor):
+        raise TypeError(f"table must be a torch.Tensor, got {type(table).__name__}")
+    if table.ndim != 2 or table.device != qkv.device:
+        shape = tuple(table.shape)
+        raise ValueError(f"table must be (positions, head_dim) on {qkv.device}, got {shape} on {table.device}")
     head_dim = table.shape[-1]
     if head_dim < 2 or head_dim & (head_dim - 1):
         raise ValueError(f"head_dim must be a power of two, got table.shape={tuple(table.shape)}")

@@ -882,7 +882,11 @@ def changed(name, index, value):
         ({"k_cache": CACHE[0]}, ValueError, r"k_cache must have 4 axes, got k_cache\.shape=\(16, 2, 64\)"),
         ({"v_cache": CACHE[:3]}, ValueError, r"v_cache\.shape=\(3, 16, 2, 64\)"),
         ({"k_cache": CACHE[..., :32], "v_cache": CACHE[..., :32]}, ValueError, "k_cache has head_dim=32"),
-        ({"page_table": torch.zeros(6, dtype=torch.int32)}, ValueError, "page_table must be a tensor with two axes"),
+        (
+            {"page_table": torch.zeros(6, dtype=torch.int32)},
+            ValueError,
+            r"page_table must be a tensor of shape .* got shape \(6,\)",
+        ),
         ({"page_table": PAGED["page_table"][:1]}, ValueError, r"page_table\.shape=\(1, 3\)"),
         ({"page_table": PAGED["page_table"].t().contiguous().t()}, ValueError, r"page_table\.stride\(\)=\(1, 2\)"),
         ({"page_table": PAGED["page_table"].long()}, TypeError, r"page_table\.dtype=torch\.int64"),
