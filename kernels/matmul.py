@@ -52,7 +52,8 @@ class MatmulSchedule:
     ragged: specialised and swapped, neither split nor in relay, and only one tile of a column has the tail: see
         ``row_blocks``.
     tail_m, tail_n: a specialised tile is ``block_m + tail_m`` high (if it is swapped) or ``block_n + tail_n`` wide
-        (if it is not), because a power of two often does not divide the work evenly among the SMs.
+        (if it is not), because a power of two often does not divide the work evenly among the SMs. A tail is the sum
+        of one or two powers of two.
     """
 
     block_m: int
@@ -69,6 +70,13 @@ class MatmulSchedule:
     group_m: int = 8
     tail_m: int = 0
     tail_n: int = 0
+
+    @property
+    def parts(self) -> tuple[int, ...]:
+        """Powers of two that a specialised tile's right side consists of: the block, then those of its tail."""
+        tail = self.tail_m or self.tail_n
+        width = self.block_m if self.swap else self.block_n
+        return width, *(1 << bit for bit in reversed(range(tail.bit_length())) if tail >> bit & 1)
 
     @property
     def tile(self) -> tuple[int, int]:
@@ -105,12 +113,13 @@ class MatmulSchedule:
         return sums * rows * columns <= most * 32 * self.num_warps
 
 
-def _clocks(width: int) -> float:
+def _clocks(width: int, from_registers: bool) -> float:
     """Clocks of one ``wgmma``, 64 by ``width`` by 16: half a column, or until its operands are there.
 
-    They arrive from shared memory at 128 bytes a clock: that takes longer below 64 columns.
+    They arrive from shared memory at 128 bytes a clock: with the left operand among them that takes longer below 64
+    columns. From registers it takes no less than 16, but disturbs nobody.
     """
-    return max(width / 2, 16 + width / 4)
+    return max(width / 2, 16) + 1 if from_registers else max(width / 2, 16 + width / 4)
 
 
 # Schedules for many rows, each with its share of the tensor cores' rate while all SMs are busy (H200, bf16).
@@ -168,18 +177,21 @@ SPECIALISED += (specialised_schedule(64, 256, 64),)
 def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms: int = 132) -> float:
     """Microseconds that a specialised schedule should take on an H200; on another Hopper the order should be alike.
 
-    A tile is a left side in blocks of 64 by a right side in one or two parts, of which each takes its ``_clocks`` for
-    16 elements along K: that is why a tail costs more than its width. L2 delivers 84 bytes a clock. Sums in fp32
-    travel at 16. The clock is that of tensor cores under load, 1450 MHz: a chip that multiplies without pause slows
-    down. All that overlaps with the bytes from memory, but not quite.
+    A tile is a left side in blocks of 64 by a right side in one to three parts, of which each takes its ``_clocks``
+    for 16 elements along K: that is why a tail costs more than its width, if the left operand does not come from
+    registers. L2 delivers 84 bytes a clock. Sums in fp32 travel at 16. The clock is that of tensor cores under load,
+    1450 MHz: a chip that multiplies without pause slows down. All that overlaps with the bytes from memory, but not
+    quite.
     """
     rows, columns = schedule.tile
     left, wide = (columns, rows) if schedule.swap else (rows, columns)
-    tail = schedule.tail_m or schedule.tail_n
-    plain, heavy = (
-        max(left / 64 * sum(map(_clocks, filter(None, sides))), (left + sum(sides)) * 32 / 84)
-        for sides in ((wide - tail,), (wide - tail, tail))
-    )
+
+    def step(parts: tuple[int, ...]) -> float:
+        from_registers = left > 64 and len(parts) > 1
+        multiplied = left / 64 * sum(_clocks(width, from_registers) for width in parts)
+        return max(multiplied, (left + sum(parts)) * 32 / 84)
+
+    plain, heavy = step(schedule.parts[:1]), step(schedule.parts)
     chunks = plan.chunks if schedule.split else 1
     jobs = schedule.tiles(m, n) * chunks
     handed_over = schedule.relay and jobs > sms
@@ -713,6 +725,8 @@ def _check_schedule(schedule: MatmulSchedule, plan: MatmulPlan) -> None:
         raise ValueError(f"schedule={schedule} has a tail on its left side: tail_m wants swap, tail_n forbids it")
     if (schedule.tail_m or schedule.tail_n) and not schedule.specialised:
         raise ValueError(f"schedule={schedule} has a tail, so it must be specialised")
+    if len(schedule.parts) > (2 if schedule.ragged else 3):
+        raise ValueError(f"schedule={schedule} has a tile of {len(schedule.parts)} parts, {schedule.parts}: too many")
     if schedule.relay and plan.chunks > 1 and not schedule.split:
         raise ValueError(f"schedule={schedule} hands over one sum, and {plan} has several: split them")
     if schedule.ragged and (schedule.split or schedule.relay or not schedule.swap):

@@ -5,10 +5,10 @@ The plan is ``kernels/matmul.py``'s and so are the bits; only the schedule is fi
 * A *producer* warp does nothing but ask TMA for tiles, as far ahead as the ring of buffers allows, across the
   borders of output tiles. The *consumer* warps do nothing but multiply (``wgmma``). Two barriers a buffer keep
   them in step: ``full`` when its bytes have arrived, ``empty`` when they have been multiplied.
-* The right operand's side of a tile may be wider by a tail, 128 + 64 say. Triton's tiles are powers of two; with a
-  width of 192 an output of 6144 columns and 512 rows is exactly one round of work for 128 of an H200's 132 SMs, where
-  128 leaves half of the second round idle and 256 a quarter of the only one. Swapped, the tokens are the right
-  operand, and 777 of them are five times 160.
+* The right operand's side of a tile may have two or three *parts*, 128 + 64 or 128 + 64 + 32 say. Triton's tiles are
+  powers of two; with a width of 192 an output of 6144 columns and 512 rows is exactly one round of work for 128 of
+  an H200's 132 SMs, where 128 leaves half of the second round idle and 256 a quarter of the only one. Swapped, the
+  tokens are the right operand, and 777 of them are five times 160. What comes after the first part is the *tail*.
 * If *ragged*, only one tile of each column of tiles has the tail: 777 tokens are three times 256, and 9 more that any
   of the three can take along. It is another one from round to round, so that no program meets all the tails.
 * A *relay* leaves no SM idle in the last round: what remains is dealt out in equal shares of K steps, so that some
@@ -136,11 +136,12 @@ def _row_blocks(M, RIGHT: gl.constexpr, TAIL: gl.constexpr):
 def _jobs_and_steps(
     M, N, K, chunk_k,
     CHUNKS: gl.constexpr, SPLIT: gl.constexpr, SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    TAIL: gl.constexpr, RAGGED: gl.constexpr, BLOCK_K: gl.constexpr,
+    TAIL: gl.constexpr, REST: gl.constexpr, RAGGED: gl.constexpr, BLOCK_K: gl.constexpr,
 ):  # fmt: skip
     """Jobs of the launch (tiles, or chunks of tiles), and the K steps of each."""
-    TILE_M: gl.constexpr = RIGHT + TAIL if SWAP else LEFT
-    TILE_N: gl.constexpr = LEFT if SWAP else RIGHT + TAIL
+    WIDE: gl.constexpr = RIGHT + TAIL + REST
+    TILE_M: gl.constexpr = WIDE if SWAP else LEFT
+    TILE_N: gl.constexpr = LEFT if SWAP else WIDE
     blocks_m = (M + TILE_M - 1) // TILE_M
     if RAGGED:
         blocks_m = _row_blocks(M, RIGHT, TAIL)
@@ -154,309 +155,359 @@ def _jobs_and_steps(
 @gluon.jit
 def _place(
     tile, M, N,
-    SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, RAGGED: gl.constexpr,
-    GROUP_M: gl.constexpr,
+    SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr,
+    RAGGED: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
-    """First row and first column of a tile, the same of its tail, and whether it has one."""
+    """Where a tile begins on the left operand's side, where each part does on the right one's, and whether it has its
+    tail, which only matters if RAGGED.
+    """
     if RAGGED:
         blocks = _row_blocks(M, RIGHT, TAIL)
         column = tile // blocks
         bearer = column * blocks // gl.num_programs(0) % blocks  # of the tail: another one from round to round
-        start_m = min(tile % blocks * RIGHT, max(M - RIGHT, 0))
-        start_n = min(column * LEFT, max(N - LEFT, 0))
-        return start_m, start_n, M - TAIL, start_n, (blocks * RIGHT < M) & (tile % blocks == bearer)
+        start = min(tile % blocks * RIGHT, max(M - RIGHT, 0))
+        tailed = (blocks * RIGHT < M) & (tile % blocks == bearer)
+        return min(column * LEFT, max(N - LEFT, 0)), (start, M - TAIL), tailed
     else:
-        TILE_M: gl.constexpr = RIGHT + TAIL if SWAP else LEFT
-        TILE_N: gl.constexpr = LEFT if SWAP else RIGHT + TAIL
+        WIDE: gl.constexpr = RIGHT + TAIL + REST
+        TILE_M: gl.constexpr = WIDE if SWAP else LEFT
+        TILE_N: gl.constexpr = LEFT if SWAP else WIDE
         start_m, start_n = tile_start(tile, M, N, TILE_M, TILE_N, GROUP_M)
-        return start_m, start_n, start_m + RIGHT * SWAP, start_n + RIGHT * (not SWAP), True  # known when compiling
+        start = start_m if SWAP else start_n
+        starts = (start, start + RIGHT, start + RIGHT + TAIL)
+        return start_n if SWAP else start_m, starts, tile >= 0
 
 
 @gluon.jit
 def _produce(
-    left_desc,
-    right_desc,
-    tail_desc,
-    left_ring,
-    right_ring,
-    tail_ring,
-    full,
-    empty,
-    M,
-    N,
-    K,
-    chunk_k,
-    CHUNKS: gl.constexpr,
-    SPLIT: gl.constexpr,
-    RELAY: gl.constexpr,
-    SWAP: gl.constexpr,
-    LEFT: gl.constexpr,
-    RIGHT: gl.constexpr,
-    TAIL: gl.constexpr,
-    RAGGED: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
-):
+    left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k,
+    CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, SWAP: gl.constexpr, LEFT: gl.constexpr,
+    RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, RAGGED: gl.constexpr, BLOCK_K: gl.constexpr,
+    STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+):  # fmt: skip
     BYTES: gl.constexpr = (LEFT + RIGHT) * BLOCK_K * 2
-    TAIL_BYTES: gl.constexpr = TAIL * BLOCK_K * 2
-    jobs, steps = _jobs_and_steps(M, N, K, chunk_k, CHUNKS, SPLIT, SWAP, LEFT, RIGHT, TAIL, RAGGED, BLOCK_K)
+    TAIL_BYTES: gl.constexpr = (TAIL + REST) * BLOCK_K * 2
+    jobs, steps = _jobs_and_steps(M, N, K, chunk_k, CHUNKS, SPLIT, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED, BLOCK_K)
     turn, rounds, begin, end = _shares(jobs, steps, RELAY)
     step = 0
     for index in range(_pieces(rounds, begin, end, steps, RELAY)):
         job, first, last = _piece(index, turn, rounds, begin, end, steps, RELAY)
         tile, _chunk, start_k, end_k = _stretch(job, first, last, K, chunk_k, CHUNKS, SPLIT, BLOCK_K)
-        start_m, start_n, tail_m, tail_n, tailed = _place(tile, M, N, SWAP, LEFT, RIGHT, TAIL, RAGGED, GROUP_M)
-        if SWAP:
-            start_left = start_n
-            start_right = start_m
-            start_tail = tail_m
-        else:
-            start_left = start_m
-            start_right = start_n
-            start_tail = tail_n
+        start_left, starts, tailed = _place(tile, M, N, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED, GROUP_M)
         for k in range(start_k, end_k, BLOCK_K):
             slot = step % STAGES
             # A fresh barrier counts as having completed the phase before its first: the first lap does not wait.
             mbarrier.wait(empty.index(slot), (step // STAGES + 1) & 1)
             arrived = full.index(slot)
-            if tailed:
-                mbarrier.expect(arrived, BYTES + TAIL_BYTES)
+            if RAGGED:
+                if tailed:
+                    mbarrier.expect(arrived, BYTES + TAIL_BYTES)
+                else:
+                    mbarrier.expect(arrived, BYTES)
             else:
-                mbarrier.expect(arrived, BYTES)
+                mbarrier.expect(arrived, BYTES + TAIL_BYTES)
             tma.async_copy_global_to_shared(left_desc, [start_left, k], arrived, left_ring.index(slot))
-            tma.async_copy_global_to_shared(right_desc, [start_right, k], arrived, right_ring.index(slot))
-            if TAIL > 0:
+            tma.async_copy_global_to_shared(right_descs[0], [starts[0], k], arrived, right_rings[0].index(slot))
+            for part in gl.static_range(1, len(right_rings)):
                 tma.async_copy_global_to_shared(
-                    tail_desc, [start_tail, k], arrived, tail_ring.index(slot), pred=tailed
-                )
+                    right_descs[part], [starts[part], k], arrived, right_rings[part].index(slot),
+                    pred=tailed if RAGGED else True,
+                )  # fmt: skip
             step += 1
 
 
 @gluon.jit
-def sums_at(sums_ptr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    """Addresses of a (ROWS, COLUMNS) block of fp32 sums."""
-    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, LAYOUT))
-    columns = gl.arange(0, COLUMNS, layout=gl.SliceLayout(0, LAYOUT))
-    return sums_ptr + (rows[:, None] * COLUMNS + columns[None, :])
+def sums_at(sums_ptr, like):
+    """Addresses of a block of fp32 sums of the shape and layout of ``like``, row by row."""
+    LAYOUT: gl.constexpr = like.type.layout
+    rows = gl.arange(0, like.shape[0], layout=gl.SliceLayout(1, LAYOUT))
+    columns = gl.arange(0, like.shape[1], layout=gl.SliceLayout(0, LAYOUT))
+    return sums_ptr + (rows[:, None] * like.shape[1] + columns[None, :])
 
 
 @gluon.jit
-def _take_over(sums_ptr, wanted, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    """A block of sums as another program has left it, zeros if not ``wanted``. Past L1, which may hold older ones."""
-    mask = gl.full((ROWS, COLUMNS), wanted, gl.int1, LAYOUT)
-    return gl.load(sums_at(sums_ptr, ROWS, COLUMNS, LAYOUT), mask=mask, other=0.0, cache_modifier=".cg")
+def _nothing(LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr,
+             WARPS: gl.constexpr):  # fmt: skip
+    """Zeros for each part of a tile."""
+    sums = (_zeros(LEFT, RIGHT, WARPS),)
+    if TAIL > 0:
+        sums = sums + (_zeros(LEFT, TAIL, WARPS),)  # noqa: RUF005 (Gluon does not unpack)
+    if REST > 0:
+        sums = sums + (_zeros(LEFT, REST, WARPS),)  # noqa: RUF005
+    return sums
 
 
 @gluon.jit
-def _add_up(sums_ptr, apart, CHUNKS: gl.constexpr, ROWS: gl.constexpr, COLUMNS: gl.constexpr, LAYOUT: gl.constexpr):
-    """The sum of CHUNKS blocks, ``apart`` elements from each other, first to last. Past L1 as well."""
-    total = gl.load(sums_at(sums_ptr, ROWS, COLUMNS, LAYOUT), cache_modifier=".cg")
-    for later in gl.static_range(1, CHUNKS):
-        total += gl.load(sums_at(sums_ptr + later * apart, ROWS, COLUMNS, LAYOUT), cache_modifier=".cg")
-    return total
+def _zeros(LEFT: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr):
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 16])
+    return gl.zeros((LEFT, WIDTH), gl.float32, LAYOUT)
+
+
+@gluon.jit
+def _plus(sums, more):
+    """Two tiles, part by part."""
+    totals = gl.tuple([])
+    for part in gl.static_range(len(sums)):
+        totals = totals + (sums[part] + more[part],)  # noqa: RUF005
+    return totals
+
+
+@gluon.jit
+def _put_down(sums_ptr, sums):
+    """Write a tile to memory, its parts one after another."""
+    for part in gl.static_range(len(sums)):
+        one = sums[part]
+        gl.store(sums_at(sums_ptr, one), one)
+        sums_ptr += one.shape[0] * one.shape[1]
+
+
+@gluon.jit
+def _pick_up(sums_ptr, like, wanted=None):
+    """A tile like this one as another program has put it down; zeros if not ``wanted``."""
+    sums = gl.tuple([])
+    for part in gl.static_range(len(like)):
+        sums = sums + (_pick_up_part(sums_ptr, like[part], wanted),)  # noqa: RUF005
+        sums_ptr += like[part].shape[0] * like[part].shape[1]
+    return sums
+
+
+@gluon.jit
+def _pick_up_part(sums_ptr, like, wanted):
+    LAYOUT: gl.constexpr = like.type.layout
+    # Past L1, which may hold what lay there before.
+    if wanted is None:
+        return gl.load(sums_at(sums_ptr, like), cache_modifier=".cg")
+    else:
+        mask = gl.full(like.shape, wanted, gl.int1, LAYOUT)
+        return gl.load(sums_at(sums_ptr, like), mask=mask, other=0.0, cache_modifier=".cg")
 
 
 @gluon.jit
 def multiply(
-    acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring, full, empty,
-    TAIL: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     CONSUMERS: gl.constexpr = 1, consumer: gl.constexpr = 0,
 ):  # fmt: skip
-    """Add K steps, ``start_k`` to ``end_k``, to ``acc`` and, if TAIL, to ``tail``, and give their buffers back.
+    """Add K steps, ``start_k`` to ``end_k``, to the parts of a tile, ``accs``, and give their buffers back.
 
-    A step has CONSUMERS left operands, one beside the other, of which this is for number ``consumer``.
+    A step has CONSUMERS left operands, one beside the other, of which this is for number ``consumer``. A part of the
+    tile has right operands of its own.
     """
+    PARTS: gl.constexpr = len(accs)
     for k in range(start_k, end_k, BLOCK_K):
         slot = step % STAGES
         mbarrier.wait(full.index(slot), (step // STAGES) & 1)
         left = left_ring.index(slot * CONSUMERS + consumer)
-        acc = warpgroup_mma(left, right_ring.index(slot).permute((1, 0)), acc, is_async=True)
+        begun = gl.tuple([])
+        for part in gl.static_range(PARTS):
+            right = right_rings[part].index(slot).permute((1, 0))
+            begun = begun + (warpgroup_mma(left, right, accs[part], is_async=True),)  # noqa: RUF005
         # One step stays in flight, so that the tensor cores never run dry; the one before it has finished.
-        if TAIL > 0:
-            tail = warpgroup_mma(left, tail_ring.index(slot).permute((1, 0)), tail, is_async=True)
-            acc, tail = warpgroup_mma_wait(2, deps=(acc, tail))
-        else:
-            acc = warpgroup_mma_wait(1, deps=(acc,))
+        accs = _all_but(PARTS, begun)
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > start_k)
         step += 1
-    if TAIL > 0:
-        acc, tail = warpgroup_mma_wait(0, deps=(acc, tail))
-    else:
-        acc = warpgroup_mma_wait(0, deps=(acc,))
+    accs = _all_but(0, accs)
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=start_k < end_k)
-    return acc, tail, step
+    return accs, step
 
 
 @gluon.jit
-def _store(desc, staging, total, bias_ptr, start_m, start_n, N, HAS_BIAS: gl.constexpr, SWAP: gl.constexpr):
-    """Add the bias in fp32, round once, and let TMA store what lies inside the matrix."""
-    LAYOUT: gl.constexpr = total.type.layout
-    if HAS_BIAS:
-        ALONG: gl.constexpr = 0 if SWAP else 1  # the weight's side
-        offs = start_n + gl.arange(0, total.shape[ALONG], layout=gl.SliceLayout(1 - ALONG, LAYOUT))
-        bias = gl.load(bias_ptr + offs, mask=offs < N, other=0.0).to(gl.float32)
-        total += gl.expand_dims(bias, 1 - ALONG)
-    if SWAP:
-        staging.permute((1, 0)).store(total.to(desc.dtype))
+def _multiply_from_registers(
+    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    """``multiply``, but the left operand is read from shared memory once for all parts, not once for each.
+
+    ``wgmma`` takes it from registers then, and holds its warps up until it begins. So it gets it in pieces of 16
+    elements along K, each loaded while two others are still to be multiplied.
+    """
+    PARTS: gl.constexpr = len(accs)
+    PIECES: gl.constexpr = BLOCK_K // 16
+    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, accs[0].type.layout, 2)
+    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1, pred=start_k < end_k)
+    left = left_ring.index(step % STAGES)
+    one = left.slice(0, 16, 1).load(LAYOUT)
+    two = left.slice(16, 16, 1).load(LAYOUT)
+    for k in range(start_k, end_k, BLOCK_K):
+        slot = step % STAGES
+        left = left_ring.index(slot)
+        step += 1
+        following = left_ring.index(step % STAGES)
+        for piece in gl.static_range(PIECES):
+            begun = gl.tuple([])
+            for part in gl.static_range(PARTS):
+                right = right_rings[part].index(slot).slice(piece * 16, 16, 1).permute((1, 0))
+                begun = begun + (warpgroup_mma(one, right, accs[part], is_async=True),)  # noqa: RUF005
+            accs = warpgroup_mma_wait(PARTS, deps=begun)  # the piece before has finished: its registers are free
+            one = two
+            if piece + 2 < PIECES:
+                two = left.slice((piece + 2) * 16, 16, 1).load(LAYOUT)
+            elif piece + 2 == PIECES:
+                # After the last step this loads what nobody will look at.
+                mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1, pred=k + BLOCK_K < end_k)
+                next_one = following.slice(0, 16, 1).load(LAYOUT)
+                next_two = following.slice(16, 16, 1).load(LAYOUT)
+            if piece == 0:
+                mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), pred=k > start_k)
+        one = next_one
+        two = next_two
+    accs = warpgroup_mma_wait(0, deps=accs)
+    mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=start_k < end_k)
+    return accs, step
+
+
+@gluon.jit
+def _multiply_parts(
+    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K: gl.constexpr, STAGES: gl.constexpr
+):
+    """``multiply``, by the way that is faster for so many parts.
+
+    Shared memory gives 128 bytes a clock. Two warpgroups, 128 rows, that read the left operand once a part ask for
+    more; one warpgroup, 64 rows, asks for less, and would rather not wait for its registers.
+    """
+    if len(accs) > 1 and accs[0].shape[0] > 64:
+        accs, step = _multiply_from_registers(
+            accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
+        )
     else:
-        staging.store(total.to(desc.dtype))
-    fence_async_shared()
-    tma.async_copy_shared_to_global(desc, [start_m, start_n], staging)
+        accs, step = multiply(accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES)
+    return accs, step
+
+
+@gluon.jit
+def _all_but(newest: gl.constexpr, accs):
+    """``accs`` once all products have been added to them but the ``newest``."""
+    if len(accs) == 1:
+        return (warpgroup_mma_wait(newest, deps=accs),)
+    else:
+        return warpgroup_mma_wait(newest, deps=accs)
+
+
+@gluon.jit
+def _store(descs, staging, sums, bias_ptr, start_left, starts, N, HAS_BIAS: gl.constexpr, SWAP: gl.constexpr,
+           BEGIN: gl.constexpr, END: gl.constexpr):  # fmt: skip
+    """Add the bias in fp32, round once, and let TMA store what of the parts BEGIN to END lies inside the matrix."""
+    ALONG: gl.constexpr = 0 if SWAP else 1  # the weight's side
+    for part in gl.static_range(BEGIN, END):
+        total = sums[part]
+        start_m = starts[part] if SWAP else start_left
+        start_n = start_left if SWAP else starts[part]
+        if HAS_BIAS:
+            offs = start_n + gl.arange(0, total.shape[ALONG], layout=gl.SliceLayout(1 - ALONG, total.type.layout))
+            bias = gl.load(bias_ptr + offs, mask=offs < N, other=0.0).to(gl.float32)
+            total += gl.expand_dims(bias, 1 - ALONG)
+        if SWAP:
+            staging[part].permute((1, 0)).store(total.to(descs[part].dtype))
+        else:
+            staging[part].store(total.to(descs[part].dtype))
+        fence_async_shared()
+        tma.async_copy_shared_to_global(descs[part], [start_m, start_n], staging[part])
 
 
 @gluon.jit
 def _consume(
-    c_desc,
-    c_tail_desc,
-    bias_ptr,
-    partial_ptr,
-    done_ptr,
-    left_ring,
-    right_ring,
-    tail_ring,
-    c_tile,
-    c_tail,
-    full,
-    empty,
-    M,
-    N,
-    K,
-    chunk_k,
-    HAS_BIAS: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    SPLIT: gl.constexpr,
-    RELAY: gl.constexpr,
-    SWAP: gl.constexpr,
-    LEFT: gl.constexpr,
-    RIGHT: gl.constexpr,
-    TAIL: gl.constexpr,
-    RAGGED: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    NUM_WARPS: gl.constexpr,
-):
-    WIDE: gl.constexpr = RIGHT + TAIL
+    c_descs, bias_ptr, partial_ptr, done_ptr, left_ring, right_rings, staging, full, empty, M, N, K, chunk_k,
+    HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, SWAP: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, RAGGED: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, NUM_WARPS: gl.constexpr,
+):  # fmt: skip
+    PARTS: gl.constexpr = len(right_rings)
+    TILE: gl.constexpr = LEFT * (RIGHT + TAIL + REST)
     TURNS: gl.constexpr = 1 if SPLIT else CHUNKS
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, RIGHT, 16])
-    TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [NUM_WARPS, 1], [16, max(TAIL, 8), 16])
-    jobs, steps = _jobs_and_steps(M, N, K, chunk_k, CHUNKS, SPLIT, SWAP, LEFT, RIGHT, TAIL, RAGGED, BLOCK_K)
+    jobs, steps = _jobs_and_steps(M, N, K, chunk_k, CHUNKS, SPLIT, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED, BLOCK_K)
     turn, rounds, begin, end = _shares(jobs, steps, RELAY)
     relay_ptr = partial_ptr  # of sums handed over; the sums of chunks lie behind them
     chunk_ptr = partial_ptr
     if RELAY:
-        chunk_ptr += gl.num_programs(0) * LEFT * WIDE
+        chunk_ptr += gl.num_programs(0) * TILE
     step = 0
     for index in range(_pieces(rounds, begin, end, steps, RELAY)):
         job, first, last = _piece(index, turn, rounds, begin, end, steps, RELAY)
         tile, chunk, start_k, end_k = _stretch(job, first, last, K, chunk_k, CHUNKS, SPLIT, BLOCK_K)
-        start_m, start_n, tail_m, tail_n, tailed = _place(tile, M, N, SWAP, LEFT, RIGHT, TAIL, RAGGED, GROUP_M)
+        start_left, starts, tailed = _place(tile, M, N, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED, GROUP_M)
         for in_turn in gl.static_range(TURNS):
+            accs = _nothing(LEFT, RIGHT, TAIL, REST, NUM_WARPS)
             if RELAY:
                 going_on = first > 0  # from the sums of the program that began this job
                 if going_on:
                     while gl.atomic_add(done_ptr + turn + 1, 0, sem="acquire") == 0:
                         pass
-                next_ptr = relay_ptr + (turn + 1) * (LEFT * WIDE)
                 # Loads that are masked out, not a branch around them: ptxas would put wgmma in single file.
-                acc = _take_over(next_ptr, going_on, LEFT, RIGHT, LAYOUT)
-                tail = gl.zeros((LEFT, max(TAIL, 8)), gl.float32, TAIL_LAYOUT)
-                if TAIL > 0:
-                    tail = _take_over(next_ptr + LEFT * RIGHT, going_on, LEFT, TAIL, TAIL_LAYOUT)
+                accs = _pick_up(relay_ptr + (turn + 1) * TILE, accs, going_on)
                 if going_on:
                     gl.store(done_ptr + turn + 1, 0)  # as the next launch wants to find it
-            else:
-                acc = gl.zeros((LEFT, RIGHT), gl.float32, LAYOUT)
-                tail = gl.zeros((LEFT, max(TAIL, 8)), gl.float32, TAIL_LAYOUT)
             if TURNS > 1:
                 start_k = in_turn * chunk_k
                 end_k = min(start_k + chunk_k, K)
-            # Two loops, each of which waits for its own: ptxas keeps wgmma in flight across no branch.
-            if tailed:
-                acc, tail, step = multiply(acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring,
-                                           full, empty, TAIL, BLOCK_K, STAGES)  # fmt: skip
+            if RAGGED:
+                # Two loops, each of which waits for its own: ptxas keeps wgmma in flight across no branch.
+                acc, tail = accs
+                if tailed:
+                    accs, step = _multiply_parts(
+                        (acc, tail), step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
+                    )
+                    acc, tail = accs
+                else:
+                    one, step = _multiply_parts(
+                        (acc,), step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
+                    )
+                    acc = one[0]
+                accs = (acc, tail)
             else:
-                acc, tail, step = multiply(acc, tail, step, start_k, end_k, left_ring, right_ring, tail_ring,
-                                           full, empty, 0, BLOCK_K, STAGES)  # fmt: skip
+                accs, step = _multiply_parts(
+                    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
+                )
             if in_turn == 0:
-                total = acc
-                total_tail = tail
+                totals = accs
             else:
-                total += acc
-                total_tail += tail
+                totals = _plus(totals, accs)
         complete = last == steps
         if RELAY:  # noqa: SIM102 - known when compiling, the other is not
             if not complete:  # another program goes on from here
-                mine_ptr = relay_ptr + turn * (LEFT * WIDE)
-                gl.store(sums_at(mine_ptr, LEFT, RIGHT, LAYOUT), total)
-                if TAIL > 0:
-                    gl.store(sums_at(mine_ptr + LEFT * RIGHT, LEFT, TAIL, TAIL_LAYOUT), total_tail)
+                _put_down(relay_ptr + turn * TILE, totals)
                 wait_for_all_threads()  # all have stored before one of them says so
                 gl.atomic_add(done_ptr + turn, 1, sem="release")
         if SPLIT:
             if complete:
-                first_ptr = chunk_ptr + tile.to(gl.int64) * (CHUNKS * LEFT * WIDE)
-                part_ptr = first_ptr + chunk * (LEFT * WIDE)
-                gl.store(sums_at(part_ptr, LEFT, RIGHT, LAYOUT), total)
-                if TAIL > 0:
-                    gl.store(sums_at(part_ptr + LEFT * RIGHT, LEFT, TAIL, TAIL_LAYOUT), total_tail)
+                first_ptr = chunk_ptr + tile.to(gl.int64) * (CHUNKS * TILE)
+                _put_down(first_ptr + chunk * TILE, totals)
                 wait_for_all_threads()
                 count_ptr = done_ptr + RELAY * gl.num_programs(0) + tile
                 if gl.atomic_add(count_ptr, 1, sem="acq_rel") == CHUNKS - 1:  # the last one finds all sums there
                     tma.store_wait(0)
-                    total = _add_up(first_ptr, LEFT * WIDE, CHUNKS, LEFT, RIGHT, LAYOUT)
-                    _store(c_desc, c_tile, total, bias_ptr, start_m, start_n, N, HAS_BIAS, SWAP)
-                    if TAIL > 0:
-                        total_tail = _add_up(first_ptr + LEFT * RIGHT, LEFT * WIDE, CHUNKS, LEFT, TAIL, TAIL_LAYOUT)
-                        _store(c_tail_desc, c_tail, total_tail, bias_ptr, tail_m, tail_n, N, HAS_BIAS, SWAP)
+                    totals = _pick_up(first_ptr, totals)
+                    for later in gl.static_range(1, CHUNKS):
+                        totals = _plus(totals, _pick_up(first_ptr + later * TILE, totals))
+                    _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, 0, PARTS)
                     gl.store(count_ptr, 0)
         elif complete:
             tma.store_wait(0)  # the tile before may still be on its way out of the staging buffer
-            _store(c_desc, c_tile, total, bias_ptr, start_m, start_n, N, HAS_BIAS, SWAP)
-            if TAIL > 0:  # noqa: SIM102 - known when compiling, the other is not
+            _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, 0, 1)
+            if RAGGED:
                 if tailed:
-                    _store(c_tail_desc, c_tail, total_tail, bias_ptr, tail_m, tail_n, N, HAS_BIAS, SWAP)
+                    _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, 1, PARTS)
+            else:
+                _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, 1, PARTS)
     tma.store_wait(0)
 
 
 @gluon.jit(do_not_specialize=["M"])
 def _matmul_specialised_kernel(
-    left_desc,
-    right_desc,
-    tail_desc,
-    c_desc,
-    c_tail_desc,
-    bias_ptr,
-    partial_ptr,
-    done_ptr,
-    M,
-    N,
-    K,
-    chunk_k,
-    HAS_BIAS: gl.constexpr,
-    CHUNKS: gl.constexpr,
-    SPLIT: gl.constexpr,
-    RELAY: gl.constexpr,
-    SWAP: gl.constexpr,
-    LEFT: gl.constexpr,
-    RIGHT: gl.constexpr,
-    TAIL: gl.constexpr,
-    RAGGED: gl.constexpr,
-    BLOCK_K: gl.constexpr,
-    STAGES: gl.constexpr,
-    GROUP_M: gl.constexpr,
-    num_warps: gl.constexpr,
-):
+    left_desc, right_desc, tail_desc, rest_desc, c_desc, c_tail_desc, c_rest_desc, bias_ptr, partial_ptr, done_ptr,
+    M, N, K, chunk_k,
+    HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, SWAP: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, RAGGED: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
+):  # fmt: skip
+    right_descs = (right_desc, tail_desc, rest_desc)
+    c_descs = (c_desc, c_tail_desc, c_rest_desc)
+    PARTS: gl.constexpr = 1 + (TAIL > 0) + (REST > 0)
     left_ring = gl.allocate_shared_memory(left_desc.dtype, [STAGES, LEFT, BLOCK_K], left_desc.layout)
-    right_ring = gl.allocate_shared_memory(right_desc.dtype, [STAGES, RIGHT, BLOCK_K], right_desc.layout)
-    c_tile = gl.allocate_shared_memory(c_desc.dtype, c_desc.block_type.shape, c_desc.layout)
-    if TAIL > 0:
-        tail_ring = gl.allocate_shared_memory(right_desc.dtype, [STAGES, TAIL, BLOCK_K], tail_desc.layout)
-        c_tail = gl.allocate_shared_memory(c_desc.dtype, c_tail_desc.block_type.shape, c_tail_desc.layout)
-    else:
-        tail_ring = right_ring
-        c_tail = c_tile
+    right_rings = gl.tuple([])
+    staging = gl.tuple([])
+    for part in gl.static_range(PARTS):
+        desc, c = right_descs[part], c_descs[part]
+        ring = gl.allocate_shared_memory(desc.dtype, [STAGES, desc.block_type.shape[0], BLOCK_K], desc.layout)
+        right_rings = right_rings + (ring,)  # noqa: RUF005 (Gluon does not unpack)
+        staging = staging + (gl.allocate_shared_memory(c.dtype, c.block_type.shape, c.layout),)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -467,11 +518,11 @@ def _matmul_specialised_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (c_desc, c_tail_desc, bias_ptr, partial_ptr, done_ptr, left_ring, right_ring, tail_ring,
-                        c_tile, c_tail, full, empty, M, N, K, chunk_k, HAS_BIAS, CHUNKS, SPLIT, RELAY, SWAP,
-                        LEFT, RIGHT, TAIL, RAGGED, BLOCK_K, STAGES, GROUP_M, num_warps)),
-            (_produce, (left_desc, right_desc, tail_desc, left_ring, right_ring, tail_ring, full, empty, M, N, K,
-                        chunk_k, CHUNKS, SPLIT, RELAY, SWAP, LEFT, RIGHT, TAIL, RAGGED, BLOCK_K, STAGES, GROUP_M)),
+            (_consume, (c_descs, bias_ptr, partial_ptr, done_ptr, left_ring, right_rings, staging, full, empty,
+                        M, N, K, chunk_k, HAS_BIAS, CHUNKS, SPLIT, RELAY, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED,
+                        BLOCK_K, STAGES, GROUP_M, num_warps)),
+            (_produce, (left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k, CHUNKS, SPLIT,
+                        RELAY, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED, BLOCK_K, STAGES, GROUP_M)),
         ],
         [1],  # warps of the producer
         [40],  # registers a thread of it; the consumers take what it leaves
@@ -503,17 +554,15 @@ def launch(
     """
     (m, k), n = a.shape, b.shape[1]
     s, weight = schedule, b.t()
-    left, right, wide, tail = (weight, a, s.block_m, s.tail_m) if s.swap else (a, weight, s.block_n, s.tail_n)
-    tall = s.block_n if s.swap else s.block_m
-    block, tail_block = ((wide, tall), (tail or wide, tall)) if s.swap else ((tall, wide), (tall, tail or wide))
+    left, right, tall = (weight, a, s.block_n) if s.swap else (a, weight, s.block_m)
+    parts = (*s.parts, 0, 0)[:3]
+    boxes = [width or parts[0] for width in parts]  # of a part that there is not: any will do
     launch_kernel(
         _matmul_specialised_kernel,
         (programs,),
         _descriptor(left, tall, s.block_k),
-        _descriptor(right, wide, s.block_k),
-        _descriptor(right, tail or wide, s.block_k),
-        _descriptor(c, *block),
-        _descriptor(c, *tail_block),
+        *(_descriptor(right, box, s.block_k) for box in boxes),
+        *(_descriptor(c, *((box, tall) if s.swap else (tall, box))) for box in boxes),
         bias,
         partial,
         counters,
@@ -527,8 +576,9 @@ def launch(
         RELAY=s.relay,
         SWAP=s.swap,
         LEFT=tall,
-        RIGHT=wide,
-        TAIL=tail,
+        RIGHT=parts[0],
+        TAIL=parts[1],
+        REST=parts[2],
         RAGGED=s.ragged,
         BLOCK_K=s.block_k,
         STAGES=s.num_stages,

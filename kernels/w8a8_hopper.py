@@ -126,14 +126,12 @@ def _add_up(sums_ptr, stretches, apart, zeros):
     Four at a time, because each load takes as long as a trip to L2 and none waits for another. What is not there
     counts as zero.
     """
-    ROWS: gl.constexpr = zeros.shape[0]
-    COLUMNS: gl.constexpr = zeros.shape[1]
     LAYOUT: gl.constexpr = zeros.type.layout
     total = zeros
-    at = sums_at(sums_ptr, ROWS, COLUMNS, LAYOUT)
+    at = sums_at(sums_ptr, zeros)
     for stretch in range(0, stretches, 4):
         for i in gl.static_range(4):
-            there = gl.full((ROWS, COLUMNS), stretch + i < stretches, gl.int1, LAYOUT)
+            there = gl.full(zeros.shape, stretch + i < stretches, gl.int1, LAYOUT)
             total += gl.load(at + (stretch + i) * apart, mask=there, other=0, cache_modifier=".cg")
     return total
 
@@ -334,24 +332,27 @@ def _consume(
                     )  # fmt: skip
                 stretch += 2
             else:
-                acc, tail, step = multiply(
-                    gl.zeros((ROWS, RIGHT), SUM, LAYOUT), gl.zeros((ROWS, max(TAIL, 8)), SUM, TAIL_LAYOUT), step,
-                    start_k, min(start_k + stretch_k, K), left_ring, right_ring, tail_ring, full, empty,
-                    TAIL, BLOCK_K, STAGES, CONSUMERS, consumer,
+                accs = (gl.zeros((ROWS, RIGHT), SUM, LAYOUT),)
+                if TAIL > 0:
+                    accs = accs + (gl.zeros((ROWS, TAIL), SUM, TAIL_LAYOUT),)  # noqa: RUF005 (Gluon does not unpack)
+                accs, step = multiply(
+                    accs, step, start_k, min(start_k + stretch_k, K), left_ring, (right_ring, tail_ring), full, empty,
+                    BLOCK_K, STAGES, CONSUMERS, consumer,
                 )  # fmt: skip
+                acc = accs[0]
                 if SPLIT > 1:
                     stretch_ptr = sums_ptr + stretch * (ROWS * WIDE)
-                    gl.store(sums_at(stretch_ptr, ROWS, RIGHT, LAYOUT), acc)
+                    gl.store(sums_at(stretch_ptr, acc), acc)
                     if TAIL > 0:
-                        gl.store(sums_at(stretch_ptr + ROWS * RIGHT, ROWS, TAIL, TAIL_LAYOUT), tail)
+                        gl.store(sums_at(stretch_ptr + ROWS * RIGHT, accs[1]), accs[1])
                 elif PROMOTE_K > 0:
                     total += acc
                     if TAIL > 0:
-                        total_tail += tail
+                        total_tail += accs[1]
                 else:
                     total = acc  # the only stretch
                     if TAIL > 0:
-                        total_tail = tail
+                        total_tail = accs[1]
                 stretch += 1
         complete = True
         if SPLIT > 1:

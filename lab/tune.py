@@ -91,7 +91,8 @@ def thin_schedules(m: int, plan: MatmulPlan) -> Iterator[MatmulSchedule]:
 
 
 WIDTHS = ((16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32))
-WIDTHS += ((128, 0), (128, 16), (128, 32), (128, 64), (256, 0), (256, 32), (256, 64))
+WIDTHS += ((64, 48), (128, 0), (128, 16), (128, 32), (128, 48), (128, 64), (128, 80), (128, 96))
+WIDTHS += ((256, 0), (256, 32), (256, 64))
 """Right sides of a specialised tile, and their tails."""
 RAGGED_WIDTHS = ((128, 16), (128, 32), (256, 16), (256, 32))
 """The same of a ragged one."""

@@ -104,18 +104,18 @@ def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
         return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
 
     s = schedule
-    left, right, tail = (s.block_n, s.block_m, s.tail_m) if s.swap else (s.block_m, s.block_n, s.tail_n)
-    boxes = {
-        "left_desc": (left, s.block_k),
-        "right_desc": (right, s.block_k),
-        "tail_desc": (tail or right, s.block_k),
-    }
+    left = s.block_n if s.swap else s.block_m
+    parts = dict(zip(("RIGHT", "TAIL", "REST"), (*s.parts, 0, 0), strict=False))
+    boxes = {"left_desc": (left, s.block_k)}
     turned = slice(None, None, -1 if s.swap else 1)
-    boxes |= {"c_desc": (left, right)[turned], "c_tail_desc": (left, tail or right)[turned]}
+    for name, part in {"right": "RIGHT", "tail": "TAIL", "rest": "REST"}.items():
+        width = parts[part] or parts["RIGHT"]
+        boxes[f"{name}_desc"] = (width, s.block_k)
+        boxes["c_desc" if name == "right" else f"c_{name}_desc"] = (left, width)[turned]
     arguments = {name: descriptor(*box) for name, box in boxes.items()}
     arguments |= {"M": "i32", "N": "i32", "K": "i32", "chunk_k": "i32", "bias_ptr": "*bf16"}
     constants = {"CHUNKS": plan.chunks, "HAS_BIAS": True, "SPLIT": s.split, "RELAY": s.relay, "SWAP": s.swap}
-    constants |= {"LEFT": left, "RIGHT": right, "TAIL": tail, "BLOCK_K": s.block_k, "STAGES": s.num_stages}
+    constants |= {"LEFT": left, **parts, "BLOCK_K": s.block_k, "STAGES": s.num_stages}
     constants |= {"RAGGED": s.ragged, "GROUP_M": s.group_m, "num_warps": s.num_warps}
     if s.split or s.relay:
         arguments |= {"partial_ptr": "*fp32", "done_ptr": "*i32"}
@@ -346,7 +346,7 @@ def cases(target: str):
         plan = plan_matmul(n, 4096, 2)
         if schedule.fits(plan):
             chosen.add((schedule, plan, "bf16"))
-    for tile, ragged in (((64, 256, 16), True), ((64, 256, 64), False))[: 2 * wgmma]:
+    for tile, ragged in (((64, 256, 16), True), ((64, 256, 64), False), ((128, 128, 80), False))[: 3 * wgmma]:
         for n in (1280, 4096):
             plan = plan_matmul(n, 4096, 2)
             schedule = matmul.specialised_schedule(*tile, swap=ragged, ragged=ragged)

@@ -71,8 +71,8 @@ def pointer_schedules(precision):
 
 
 def specialised():
-    """Tiles with and without a tail, each swapped, split, in relay, and all of it together; and ragged ones."""
-    tiles = ((64, 64, 32), (128, 128, 0), (128, 128, 32), (256, 128, 0))
+    """Tiles of one, two and three parts, each swapped, split, in relay, and all of it together; and ragged ones."""
+    tiles = ((64, 64, 32), (128, 128, 0), (128, 128, 32), (256, 128, 0), (64, 64, 48), (128, 128, 80))
     for tile, swap, split, relay in itertools.product(tiles, *[(False, True)] * 3):
         yield specialised_schedule(*tile, swap=swap, split=split, relay=relay)
     for tile in ((64, 64, 32), (64, 256, 16), (128, 128, 16)):

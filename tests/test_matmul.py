@@ -160,7 +160,7 @@ def hopper(monkeypatch):
     stand_in = SimpleNamespace(programs=1, at=0)
     stand_in.num_programs, stand_in.program_id = lambda axis: stand_in.programs, lambda axis: stand_in.at
     monkeypatch.setattr(module, "gl", stand_in)
-    for name in ("_shares", "_piece", "_pieces", "_row_blocks", "_jobs_and_steps", "_place"):
+    for name in ("_shares", "_piece", "_pieces", "_row_blocks", "_jobs_and_steps", "_place", "tile_start"):
         monkeypatch.setattr(module, name, getattr(module, name).fn)
     return module
 
@@ -203,10 +203,29 @@ def test_every_step_of_every_job_is_dealt_out_once(programs, relay, hopper):
 
 def ragged_tiles(hopper, m, n, schedule):
     """What ``_place`` says of every tile of a ragged schedule."""
-    sides = {"SWAP": True, "LEFT": schedule.block_n, "RIGHT": schedule.block_m, "TAIL": schedule.tail_m}
+    sides = {"SWAP": True, "LEFT": schedule.block_n, "RIGHT": schedule.block_m, "TAIL": schedule.tail_m, "REST": 0}
     jobs, _ = hopper._jobs_and_steps(m, n, 640, 640, CHUNKS=1, SPLIT=False, **sides, RAGGED=True, BLOCK_K=64)
     assert jobs == schedule.tiles(m, n)
     return [hopper._place(tile, m, n, **sides, RAGGED=True, GROUP_M=8) for tile in range(jobs)]
+
+
+@pytest.mark.parametrize("swap", [False, True])
+@pytest.mark.parametrize(("right", "tail"), [(128, 0), (128, 32), (64, 48), (128, 96)])
+def test_the_parts_of_all_tiles_cover_the_matrix(right, tail, swap, hopper):
+    schedule = specialised_schedule(64, right, tail, swap=swap)
+    parts = (*schedule.parts, 0, 0)[:3]
+    assert sum(parts) == right + tail
+    sides = {"SWAP": swap, "LEFT": 64, **dict(zip(("RIGHT", "TAIL", "REST"), parts, strict=True)), "RAGGED": False}
+    for m, n in ((1, 64), (777, 452), (225, 1000)):
+        jobs, _ = hopper._jobs_and_steps(m, n, 640, 640, CHUNKS=1, SPLIT=False, **sides, BLOCK_K=64)
+        assert jobs == schedule.tiles(m, n)
+        covered = torch.zeros(m, n, dtype=torch.bool)
+        for tile in range(jobs):
+            left, starts, _ = hopper._place(tile, m, n, **sides, GROUP_M=8)
+            for start, width in zip(starts, parts, strict=True):
+                rows, columns = (slice(start, start + width), slice(left, left + 64))[:: 1 if swap else -1]
+                covered[rows, columns] = True
+        assert covered.all()
 
 
 @pytest.mark.parametrize(("right", "tail"), [(256, 16), (256, 32), (128, 16), (64, 64)])
@@ -216,8 +235,8 @@ def test_ragged_tiles_cover_every_row_of_every_column(right, tail, hopper):
     for m in (1, 9, right - 1, right, right + 1, right + tail, right + tail + 1, 777, 1000, 3 * right + tail, 4099):
         hopper.gl.programs = min(7, schedule.tiles(m, n))
         covered, tails = torch.zeros(m, n, dtype=torch.int32), Counter()
-        for start_m, start_n, tail_m, tail_n, tailed in ragged_tiles(hopper, m, n, schedule):
-            assert start_m >= 0 and start_n == tail_n >= 0
+        for start_n, (start_m, tail_m), tailed in ragged_tiles(hopper, m, n, schedule):
+            assert start_m >= 0 and start_n >= 0
             covered[start_m : start_m + right, start_n : start_n + left] += 1
             if tailed:
                 assert tail_m >= 0
@@ -308,6 +327,11 @@ A, B = torch.zeros(3, 4), torch.zeros(4, 5)
             "tail_m=16.* must be specialised",
         ),
         ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], tail_n=16)}, ValueError, "tail on its left side"),
+        (
+            {"a": A, "b": B, "schedule": MatmulSchedule(64, 64, 64, 4, 3, specialised=True, tail_n=56)},
+            ValueError,
+            r"\(64, 32, 16, 8\): too many",
+        ),
         (
             {"a": torch.zeros(3, 5120), "b": torch.zeros(5120, 8), "schedule": MatmulSchedule(16, 16, 512, 4, 2)},
             ValueError,
