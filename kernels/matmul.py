@@ -54,6 +54,8 @@ class MatmulSchedule:
     tail_m, tail_n: a specialised tile is ``block_m + tail_m`` high (if it is swapped) or ``block_n + tail_n`` wide
         (if it is not), because a power of two often does not divide the work evenly among the SMs. A tail is the sum
         of one or two powers of two.
+    registers: of a specialised tile with a tail: its left operand is loaded into registers once for all parts, not
+        from shared memory for each.
     """
 
     block_m: int
@@ -70,6 +72,7 @@ class MatmulSchedule:
     group_m: int = 8
     tail_m: int = 0
     tail_n: int = 0
+    registers: bool = False
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -159,9 +162,12 @@ def specialised_schedule(
     if stages < 3:
         return None
     warps = 4 if left == 64 else 8
-    options = {"swap": swap, "specialised": True, "split": split, "relay": relay, "ragged": ragged}
+    options = {"specialised": True, "split": split, "relay": relay, "ragged": ragged}
+    # On an H200 registers pay for two warpgroups, which together ask shared memory for more than it gives. One alone
+    # would rather not wait for them.
+    options["registers"] = warps == 8 and tail > 0
     if swap:
-        return MatmulSchedule(right, left, block_k, warps, stages, tail_m=tail, **options)
+        return MatmulSchedule(right, left, block_k, warps, stages, swap=True, tail_m=tail, **options)
     return MatmulSchedule(left, right, block_k, warps, stages, tail_n=tail, **options)
 
 
@@ -187,7 +193,7 @@ def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms:
     left, wide = (columns, rows) if schedule.swap else (rows, columns)
 
     def step(parts: tuple[int, ...]) -> float:
-        from_registers = left > 64 and len(parts) > 1
+        from_registers = schedule.registers and len(parts) > 1
         multiplied = left / 64 * sum(_clocks(width, from_registers) for width in parts)
         return max(multiplied, (left + sum(parts)) * 32 / 84)
 
@@ -725,6 +731,8 @@ def _check_schedule(schedule: MatmulSchedule, plan: MatmulPlan) -> None:
         raise ValueError(f"schedule={schedule} has a tail on its left side: tail_m wants swap, tail_n forbids it")
     if (schedule.tail_m or schedule.tail_n) and not schedule.specialised:
         raise ValueError(f"schedule={schedule} has a tail, so it must be specialised")
+    if schedule.registers and not (schedule.tail_m or schedule.tail_n):
+        raise ValueError(f"schedule={schedule} has registers for the parts of a tile, but no tail")
     if len(schedule.parts) > (2 if schedule.ragged else 3):
         raise ValueError(f"schedule={schedule} has a tile of {len(schedule.parts)} parts, {schedule.parts}: too many")
     if schedule.relay and plan.chunks > 1 and not schedule.split:

@@ -311,7 +311,7 @@ def multiply(
 
 
 @gluon.jit
-def _multiply_from_registers(
+def multiply_from_registers(
     accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     """``multiply``, but the left operand is read from shared memory once for all parts, not once for each.
@@ -356,20 +356,15 @@ def _multiply_from_registers(
 
 @gluon.jit
 def _multiply_parts(
-    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K: gl.constexpr, STAGES: gl.constexpr
-):
-    """``multiply``, by the way that is faster for so many parts.
-
-    Shared memory gives 128 bytes a clock. Two warpgroups, 128 rows, that read the left operand once a part ask for
-    more; one warpgroup, 64 rows, asks for less, and would rather not wait for its registers.
-    """
-    if len(accs) > 1 and accs[0].shape[0] > 64:
-        accs, step = _multiply_from_registers(
+    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    if REGISTERS:
+        return multiply_from_registers(
             accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
         )
     else:
-        accs, step = multiply(accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES)
-    return accs, step
+        return multiply(accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES)
 
 
 @gluon.jit
@@ -407,7 +402,8 @@ def _consume(
     c_descs, bias_ptr, partial_ptr, done_ptr, left_ring, right_rings, staging, full, empty, M, N, K, chunk_k,
     HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, SWAP: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, RAGGED: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, NUM_WARPS: gl.constexpr,
+    REGISTERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = len(right_rings)
     TILE: gl.constexpr = LEFT * (RIGHT + TAIL + REST)
@@ -442,18 +438,19 @@ def _consume(
                 acc, tail = accs
                 if tailed:
                     accs, step = _multiply_parts(
-                        (acc, tail), step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
-                    )
+                        (acc, tail), step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES,
+                        REGISTERS,
+                    )  # fmt: skip
                     acc, tail = accs
                 else:
-                    one, step = _multiply_parts(
+                    one, step = multiply(
                         (acc,), step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
                     )
                     acc = one[0]
                 accs = (acc, tail)
             else:
                 accs, step = _multiply_parts(
-                    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
+                    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES, REGISTERS
                 )
             if in_turn == 0:
                 totals = accs
@@ -495,7 +492,8 @@ def _matmul_specialised_kernel(
     M, N, K, chunk_k,
     HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, SWAP: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, RAGGED: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
+    REGISTERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    num_warps: gl.constexpr,
 ):  # fmt: skip
     right_descs = (right_desc, tail_desc, rest_desc)
     c_descs = (c_desc, c_tail_desc, c_rest_desc)
@@ -520,7 +518,7 @@ def _matmul_specialised_kernel(
         [
             (_consume, (c_descs, bias_ptr, partial_ptr, done_ptr, left_ring, right_rings, staging, full, empty,
                         M, N, K, chunk_k, HAS_BIAS, CHUNKS, SPLIT, RELAY, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED,
-                        BLOCK_K, STAGES, GROUP_M, num_warps)),
+                        REGISTERS, BLOCK_K, STAGES, GROUP_M, num_warps)),
             (_produce, (left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k, CHUNKS, SPLIT,
                         RELAY, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED, BLOCK_K, STAGES, GROUP_M)),
         ],
@@ -580,6 +578,7 @@ def launch(
         TAIL=parts[1],
         REST=parts[2],
         RAGGED=s.ragged,
+        REGISTERS=s.registers,
         BLOCK_K=s.block_k,
         STAGES=s.num_stages,
         GROUP_M=s.group_m,

@@ -56,6 +56,8 @@ The narrow weights of more have so few tiles that each wants its own.
 COMPROMISES = 20
 """Variants that are tried at every point of a model."""
 FINALISTS = 3
+WORST = 16
+"""The higher this power, the more many fast points count for less than one left slow."""
 HOPELESS = 1.5
 """A compromise whose estimate is so many times the best one's is not tried."""
 UNTRIED = 100.0
@@ -213,17 +215,16 @@ def fastest_few(times: dict[tuple, dict[Variant, float]], limit: int) -> dict[tu
     """A variant for every point, at most ``limit`` different ones in all: each costs a compilation.
 
     Starts from the fastest of each point and gives up, one by one, what costs least; then exchanges one for another
-    while that gains. The cost is the sum of the points' times, as shares of a yardstick, to the eighth power: one
-    point left slow outweighs many fast ones.
+    while that gains. The cost is the sum of the points' times, as shares of a yardstick, to the power ``WORST``.
 
     Raises:
         ValueError: no ``limit`` variants that were tried at every point between them have been found.
     """
     columns = sorted({tried for point in times.values() for tried in point}, key=repr)
-    powers = torch.full((len(times), len(columns)), UNTRIED**8, dtype=torch.float64)
+    powers = torch.full((len(times), len(columns)), UNTRIED**WORST, dtype=torch.float64)
     for row, point in zip(powers, times.values(), strict=True):
         for at, tried in enumerate(columns):
-            row[at] = point.get(tried, UNTRIED) ** 8
+            row[at] = point.get(tried, UNTRIED) ** WORST
 
     def cost(kept: list[int]) -> float:
         return float(powers[:, kept].amin(1).sum())

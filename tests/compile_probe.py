@@ -116,7 +116,7 @@ def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
     arguments |= {"M": "i32", "N": "i32", "K": "i32", "chunk_k": "i32", "bias_ptr": "*bf16"}
     constants = {"CHUNKS": plan.chunks, "HAS_BIAS": True, "SPLIT": s.split, "RELAY": s.relay, "SWAP": s.swap}
     constants |= {"LEFT": left, **parts, "BLOCK_K": s.block_k, "STAGES": s.num_stages}
-    constants |= {"RAGGED": s.ragged, "GROUP_M": s.group_m, "num_warps": s.num_warps}
+    constants |= {"RAGGED": s.ragged, "REGISTERS": s.registers, "GROUP_M": s.group_m, "num_warps": s.num_warps}
     if s.split or s.relay:
         arguments |= {"partial_ptr": "*fp32", "done_ptr": "*i32"}
     else:

@@ -75,6 +75,8 @@ def specialised():
     tiles = ((64, 64, 32), (128, 128, 0), (128, 128, 32), (256, 128, 0), (64, 64, 48), (128, 128, 80))
     for tile, swap, split, relay in itertools.product(tiles, *[(False, True)] * 3):
         yield specialised_schedule(*tile, swap=swap, split=split, relay=relay)
+    for left, registers in ((64, True), (128, False)):  # the other way round than usual
+        yield replace(specialised_schedule(left, 128, 80), registers=registers)
     for tile in ((64, 64, 32), (64, 256, 16), (128, 128, 16)):
         yield specialised_schedule(*tile, swap=True, ragged=True)
 

@@ -327,6 +327,7 @@ A, B = torch.zeros(3, 4), torch.zeros(4, 5)
             "tail_m=16.* must be specialised",
         ),
         ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], tail_n=16)}, ValueError, "tail on its left side"),
+        ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], registers=True)}, ValueError, "registers .* no tail"),
         (
             {"a": A, "b": B, "schedule": MatmulSchedule(64, 64, 64, 4, 3, specialised=True, tail_n=56)},
             ValueError,
