@@ -448,7 +448,8 @@ def describe(*frames: pd.DataFrame) -> str:
 
 
 def _commits(commits: Sequence[str]) -> str:
-    """Commits from the oldest measurement to the newest, the middle ones only counted."""
+    """Commits from the oldest measurement to the newest, in twelve digits, the middle ones only counted."""
+    commits = [re.sub(r"^([0-9a-f]{12})[0-9a-f]+", r"\1", commit) for commit in commits]
     if len(commits) == 1:
         return f"commit {commits[0]}"
     if len(commits) == 2:

@@ -338,6 +338,8 @@ def test_provenance_in_one_line(store, monkeypatch):
     )
     newest = store.load("matmul").query("m > 20")
     assert store.provenance("matmul", newest).endswith("commits bbb, ccc")
+    append(store, point(m=30), commit="0123456789abcdef0123456789abcdef01234567+dirty")
+    assert store.provenance("matmul", store.load("matmul").query("m == 30")).endswith("commit 0123456789ab+dirty")
 
 
 def test_reference_charts():
