@@ -209,6 +209,11 @@ def ragged_tiles(hopper, m, n, schedule):
     return [hopper._place(tile, m, n, **sides, RAGGED=True, GROUP_M=8) for tile in range(jobs)]
 
 
+def test_registers_are_for_two_warpgroups_and_several_parts():
+    for left, tail in product((64, 128, 256), (0, 16, 48)):
+        assert specialised_schedule(left, 64, tail).registers == (left > 64 and tail > 0)
+
+
 @pytest.mark.parametrize("swap", [False, True])
 @pytest.mark.parametrize(("right", "tail"), [(128, 0), (128, 32), (64, 48), (128, 96)])
 def test_the_parts_of_all_tiles_cover_the_matrix(right, tail, swap, hopper):
