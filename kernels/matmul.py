@@ -101,7 +101,7 @@ class MatmulSchedule:
         return self.row_blocks(m) * triton.cdiv(n, self.tile[1])
 
     def fits(self, plan: MatmulPlan) -> bool:
-        """Whether a thread has registers for this tile: twice as many where chunks are added up in turn.
+        """Whether a thread has registers for the sums of this tile: twice as many where chunks are added up in turn.
 
         More to spare, for addresses, where sums leave through memory. And whether there are chunks to split, and what
         a relay hands over is one sum, not one of several chunks.
@@ -120,7 +120,7 @@ def _clocks(width: int, from_registers: bool) -> float:
     """Clocks of one ``wgmma``, 64 by ``width`` by 16: half a column, or until its operands are there.
 
     They arrive from shared memory at 128 bytes a clock: with the left operand among them that takes longer below 64
-    columns. From registers it takes no less than 16, but disturbs nobody.
+    columns. If that comes from registers, it is about 17 clocks below 32 columns.
     """
     return max(width / 2, 16) + 1 if from_registers else max(width / 2, 16 + width / 4)
 
@@ -153,8 +153,9 @@ def specialised_schedule(
     """The specialised schedule of a tile, its pipeline as deep as shared memory allows; ``None`` if under 3 steps.
 
     Args:
-        left, right, tail: its sides as ``wgmma`` sees them: ``left`` a multiple of 64, ``right + tail`` of 8. The
-            weight is the left operand if ``swap``, else the tokens are.
+        left, right, tail: its sides as ``wgmma`` sees them: ``left`` a multiple of 64; ``right`` a power of two and
+            ``tail`` the sum of up to two smaller ones (of one, if ``ragged``), from 8. The weight is the left operand
+            if ``swap``, else the tokens are.
     """
     block_k = 128 if (left + right + tail) <= 192 else 64
     room = SHARED_BYTES - 1024 - 2 * left * (right + tail)
@@ -163,8 +164,8 @@ def specialised_schedule(
         return None
     warps = 4 if left == 64 else 8
     options = {"specialised": True, "split": split, "relay": relay, "ragged": ragged}
-    # On an H200 registers pay for two warpgroups, which together ask shared memory for more than it gives. One alone
-    # would rather not wait for them.
+    # On an H200 registers pay for two warpgroups: one multiplies while the other waits for them. For one alone
+    # they win with some tiles and lose with others.
     options["registers"] = warps == 8 and tail > 0
     if swap:
         return MatmulSchedule(right, left, block_k, warps, stages, swap=True, tail_m=tail, **options)
@@ -184,10 +185,9 @@ def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms:
     """Microseconds that a specialised schedule should take on an H200; on another Hopper the order should be alike.
 
     A tile is a left side in blocks of 64 by a right side in one to three parts, of which each takes its ``_clocks``
-    for 16 elements along K: that is why a tail costs more than its width, if the left operand does not come from
-    registers. L2 delivers 84 bytes a clock. Sums in fp32 travel at 16. The clock is that of tensor cores under load,
-    1450 MHz: a chip that multiplies without pause slows down. All that overlaps with the bytes from memory, but not
-    quite.
+    for 16 elements along K: that is why a tail costs more than its width. L2 delivers 84 bytes a clock. Sums in fp32
+    travel at 16. The clock is that of tensor cores under load, 1450 MHz: a chip that multiplies without pause slows
+    down. All that overlaps with the bytes from memory, but not quite.
     """
     rows, columns = schedule.tile
     left, wide = (columns, rows) if schedule.swap else (rows, columns)
@@ -723,8 +723,12 @@ def _output(
     return out
 
 
-def _check_schedule(schedule: MatmulSchedule, plan: MatmulPlan) -> None:
-    """Refuse what would leave out or add up something else than the plan says."""
+def check_schedule(schedule: MatmulSchedule, plan: MatmulPlan) -> None:
+    """Refuse what would leave out or add up something else than the plan says, or what no kernel can do.
+
+    Raises:
+        ValueError: the schedule is one of these.
+    """
     if plan.chunks > 1 and plan.chunk_k % schedule.block_k:
         raise ValueError(f"schedule={schedule} steps over the ends of the chunks of {plan}: block_k must divide them")
     if (schedule.tail_m and not schedule.swap) or (schedule.tail_n and schedule.swap):
@@ -733,12 +737,19 @@ def _check_schedule(schedule: MatmulSchedule, plan: MatmulPlan) -> None:
         raise ValueError(f"schedule={schedule} has a tail, so it must be specialised")
     if schedule.registers and not (schedule.tail_m or schedule.tail_n):
         raise ValueError(f"schedule={schedule} has registers for the parts of a tile, but no tail")
-    if len(schedule.parts) > (2 if schedule.ragged else 3):
-        raise ValueError(f"schedule={schedule} has a tile of {len(schedule.parts)} parts, {schedule.parts}: too many")
+    if schedule.registers and schedule.block_k < 64:
+        raise ValueError(f"schedule={schedule} loads registers two pieces of 16 ahead: block_k must be 64 or more")
+    parts = schedule.parts
+    if schedule.specialised and min(parts) < 8:
+        raise ValueError(f"schedule={schedule} has a tile of parts {parts}: wgmma takes no fewer than 8 columns")
+    if len(parts) > 3:
+        raise ValueError(f"schedule={schedule} has a tile of {len(parts)} parts, {parts}: three are the most")
     if schedule.relay and plan.chunks > 1 and not schedule.split:
         raise ValueError(f"schedule={schedule} hands over one sum, and {plan} has several: split them")
     if schedule.ragged and (schedule.split or schedule.relay or not schedule.swap):
         raise ValueError(f"schedule={schedule} is ragged, so it must be swapped, and neither split nor in relay")
+    if schedule.ragged and len(parts) != 2:
+        raise ValueError(f"schedule={schedule} is ragged, so its tail must be one power of two, got parts {parts}")
 
 
 def _product(a, b, bias, alpha, beta, precision, out_dtype, out, schedule, bias_name: str) -> torch.Tensor:
@@ -758,7 +769,7 @@ def _product(a, b, bias, alpha, beta, precision, out_dtype, out, schedule, bias_
         gpu = gpu_name(a.device) if specialised else None
         usual = tma and (a.element_size() == 2 or k_major)  # fp32 tiles were tried with K elements side by side
         schedule = choose_schedule(m, n, plan, a.element_size(), usual, sm_count(a.device), specialised, gpu)
-    _check_schedule(schedule, plan)
+    check_schedule(schedule, plan)
     if plan.block_k is not None and (schedule.block_k != plan.block_k or schedule.swap):
         raise ValueError(f"schedule={schedule} is outside {plan}: its block_k and operand order are fixed")
     if (schedule.persistent or schedule.split) and not tma:

@@ -11,8 +11,8 @@ The plan is ``kernels/matmul.py``'s and so are the bits; only the schedule is fi
   tokens are the right operand, and 777 of them are five times 160. What comes after the first part is the *tail*.
 * If *ragged*, only one tile of each column of tiles has the tail: 777 tokens are three times 256, and 9 more that any
   of the three can take along. It is another one from round to round, so that no program meets all the tails.
-* With *registers* the left operand is read from shared memory once for all parts, not once for each: two groups of
-  four warps, each with a left side of its own, would ask shared memory for more bytes than it gives.
+* With *registers* the left operand is read from shared memory once for all parts, not once for each. On an H200 that
+  pays where two warpgroups share an SM's bandwidth, each with a left side of its own.
 * A *relay* leaves no SM idle in the last round: what remains is dealt out in equal shares of K steps, so that some
   tiles are begun by one program and finished by another, which takes over the accumulator as it is, all 32 bits of
   it. Whoever begins a tile does so first of all, whoever finishes it does so last: nobody waits.

@@ -77,6 +77,8 @@ def specialised():
         yield specialised_schedule(*tile, swap=swap, split=split, relay=relay)
     for left, registers in ((64, True), (128, False)):  # the other way round than usual
         yield replace(specialised_schedule(left, 128, 80), registers=registers)
+    for tile in ((128, 32, 16), (256, 128, 16)):  # eight pieces along K; two blocks of 64 rows in a warpgroup
+        yield specialised_schedule(*tile)
     for tile in ((64, 64, 32), (64, 256, 16), (128, 128, 16)):
         yield specialised_schedule(*tile, swap=True, ragged=True)
 

@@ -292,6 +292,7 @@ def test_thin_tiles_give_the_busiest_program_the_fewest_columns(n, block_n):
 
 
 A, B = torch.zeros(3, 4), torch.zeros(4, 5)
+TAILED = specialised_schedule(128, 64, 16, swap=True)
 
 
 @pytest.mark.parametrize(
@@ -336,7 +337,16 @@ A, B = torch.zeros(3, 4), torch.zeros(4, 5)
         (
             {"a": A, "b": B, "schedule": MatmulSchedule(64, 64, 64, 4, 3, specialised=True, tail_n=56)},
             ValueError,
-            r"\(64, 32, 16, 8\): too many",
+            r"\(64, 32, 16, 8\): three are the most",
+        ),
+        *(
+            ({"a": A, "b": B, "schedule": replace(TAILED, **wrong)}, ValueError, why)
+            for wrong, why in (
+                ({"tail_m": 4}, "no fewer than 8"),
+                ({"block_k": 32}, "block_k must be 64"),
+                ({"ragged": True, "tail_m": 48}, r"one power of two, got parts \(64, 32, 16\)"),
+                ({"ragged": True, "tail_m": 0, "registers": False}, r"one power of two, got parts \(64,\)"),
+            )
         ),
         (
             {"a": torch.zeros(3, 5120), "b": torch.zeros(5120, 8), "schedule": MatmulSchedule(16, 16, 512, 4, 2)},

@@ -6,7 +6,15 @@ from types import SimpleNamespace
 import pytest
 
 from kernels import tuned
-from kernels.matmul import SHARED_BYTES, THIN, MatmulSchedule, choose_schedule, estimate_us, specialised_schedule
+from kernels.matmul import (
+    SHARED_BYTES,
+    THIN,
+    MatmulSchedule,
+    check_schedule,
+    choose_schedule,
+    estimate_us,
+    specialised_schedule,
+)
 from kernels.plan import plan_matmul
 from lab.tune import (
     MODELS,
@@ -65,6 +73,7 @@ def test_every_specialised_schedule_fits_its_plan_and_shared_memory():
         for s in found:
             (rows, columns), left = s.tile, s.block_n if s.swap else s.block_m
             assert left % 64 == 0 and s.num_stages >= 3 and s.fits(plan)
+            check_schedule(s, plan)  # refuses what is none
             assert 2 * ((rows + columns) * s.block_k * s.num_stages + rows * columns) <= SHARED_BYTES - 1024
             assert not (s.tail_n if s.swap else s.tail_m)
             assert not s.ragged or (s.swap and not (s.split or s.relay))
@@ -96,6 +105,10 @@ def test_the_estimate_knows_what_a_tail_costs_that_one_tile_has():
         (777, (8192, 8192), specialised_schedule(64, 256, 16, swap=True, ragged=True), 159.0),
         (777, (4096, 4096), specialised_schedule(64, 128, 16, swap=True, ragged=True), 43.0),
         (512, (10240, 8192), specialised_schedule(64, 128, 32), 134.4),
+        (512, (10240, 8192), specialised_schedule(128, 128, 32), 134.0),
+        (777, (6144, 4096), specialised_schedule(128, 128, 32, swap=True), 61.1),
+        (777, (4096, 14336), specialised_schedule(128, 128, 80, swap=True), 142.7),
+        (777, (4096, 14336), specialised_schedule(64, 128, 80, swap=True), 158.3),
         (2048, (6144, 4096), specialised_schedule(128, 256), 149.0),
     ],
 )
@@ -164,7 +177,10 @@ def test_a_shipped_table_names_its_origin_and_holds_valid_schedules(path):
     for shape in table["shapes"]:
         plan, rows = plan_matmul(shape["n"], shape["k"], 2), [int(m) for m in shape["rows"]]
         assert rows == sorted(set(rows))
-        assert all(MatmulSchedule(**table["schedules"][index]).fits(plan) for index in shape["rows"].values())
+        for index in shape["rows"].values():
+            schedule = MatmulSchedule(**table["schedules"][index])
+            assert schedule.fits(plan)
+            check_schedule(schedule, plan)  # refuses what is none
 
 
 @pytest.mark.parametrize("path", TABLES, ids=lambda path: path.stem)
