@@ -497,9 +497,9 @@ def _matmul_specialised_kernel(
     REGISTERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
     num_warps: gl.constexpr,
 ):  # fmt: skip
-    right_descs = (right_desc, tail_desc, rest_desc)
-    c_descs = (c_desc, c_tail_desc, c_rest_desc)
     PARTS: gl.constexpr = 1 + (TAIL > 0) + (REST > 0)
+    right_descs = (right_desc, tail_desc, rest_desc)[:PARTS]  # the others are None
+    c_descs = (c_desc, c_tail_desc, c_rest_desc)[:PARTS]
     left_ring = gl.allocate_shared_memory(left_desc.dtype, [STAGES, LEFT, BLOCK_K], left_desc.layout)
     right_rings = gl.tuple([])
     staging = gl.tuple([])
@@ -556,13 +556,12 @@ def launch(
     s, weight = schedule, b.t()
     left, right, tall = (weight, a, s.block_n) if s.swap else (a, weight, s.block_m)
     parts = (*s.parts, 0, 0)[:3]
-    boxes = [width or parts[0] for width in parts]  # of a part that there is not: any will do
     launch_kernel(
         _matmul_specialised_kernel,
         (programs,),
         _descriptor(left, tall, s.block_k),
-        *(_descriptor(right, box, s.block_k) for box in boxes),
-        *(_descriptor(c, *((box, tall) if s.swap else (tall, box))) for box in boxes),
+        *(_descriptor(right, width, s.block_k) if width else None for width in parts),
+        *(_descriptor(c, *((width, tall) if s.swap else (tall, width))) if width else None for width in parts),
         bias,
         partial,
         counters,

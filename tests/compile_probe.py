@@ -106,16 +106,21 @@ def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
     s = schedule
     left = s.block_n if s.swap else s.block_m
     parts = dict(zip(("RIGHT", "TAIL", "REST"), (*s.parts, 0, 0), strict=False))
-    boxes = {"left_desc": (left, s.block_k)}
     turned = slice(None, None, -1 if s.swap else 1)
-    for name, part in {"right": "RIGHT", "tail": "TAIL", "rest": "REST"}.items():
-        width = parts[part] or parts["RIGHT"]
-        boxes[f"{name}_desc"] = (width, s.block_k)
-        boxes["c_desc" if name == "right" else f"c_{name}_desc"] = (left, width)[turned]
-    arguments = {name: descriptor(*box) for name, box in boxes.items()}
+    arguments, absent = {"left_desc": descriptor(left, s.block_k)}, {}
+    sides = {
+        "RIGHT": ("right_desc", "c_desc"),
+        "TAIL": ("tail_desc", "c_tail_desc"),
+        "REST": ("rest_desc", "c_rest_desc"),
+    }
+    for part, (right, c) in sides.items():
+        if width := parts[part]:
+            arguments |= {right: descriptor(width, s.block_k), c: descriptor(*(left, width)[turned])}
+        else:
+            absent |= {right: None, c: None}
     arguments |= {"M": "i32", "N": "i32", "K": "i32", "chunk_k": "i32", "bias_ptr": "*bf16"}
     constants = {"CHUNKS": plan.chunks, "HAS_BIAS": True, "SPLIT": s.split, "RELAY": s.relay, "SWAP": s.swap}
-    constants |= {"LEFT": left, **parts, "BLOCK_K": s.block_k, "STAGES": s.num_stages}
+    constants |= {"LEFT": left, **parts, **absent, "BLOCK_K": s.block_k, "STAGES": s.num_stages}
     constants |= {"RAGGED": s.ragged, "REGISTERS": s.registers, "GROUP_M": s.group_m, "num_warps": s.num_warps}
     if s.split or s.relay:
         arguments |= {"partial_ptr": "*fp32", "done_ptr": "*i32"}
