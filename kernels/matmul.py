@@ -164,8 +164,7 @@ def specialised_schedule(
         return None
     warps = 4 if left == 64 else 8
     options = {"specialised": True, "split": split, "relay": relay, "ragged": ragged}
-    # On an H200 registers pay for two warpgroups: one multiplies while the other waits for them. For one alone
-    # they win with some tiles and lose with others.
+    # On an H200 registers pay for two warpgroups. For one alone they win with some tiles and lose with others.
     options["registers"] = warps == 8 and tail > 0
     if swap:
         return MatmulSchedule(right, left, block_k, warps, stages, swap=True, tail_m=tail, **options)

@@ -318,8 +318,8 @@ def multiply_from_registers(
 ):  # fmt: skip
     """``multiply``, but the left operand is read from shared memory once for all parts, not once for each.
 
-    ``wgmma`` takes it from registers then, and holds its warps up until it begins. So it gets it in pieces of 16
-    elements along K, each loaded while two others are still to be multiplied.
+    ``wgmma`` takes it from registers then, which must not be written before it has finished. So they are loaded in
+    pieces of 16 elements along K, each while two others are still to be multiplied.
     """
     PARTS: gl.constexpr = len(accs)
     PIECES: gl.constexpr = BLOCK_K // 16
@@ -361,6 +361,7 @@ def _multiply_parts(
     accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
     REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    """``multiply``, the left operand from where the schedule says."""
     if REGISTERS:
         return multiply_from_registers(
             accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES

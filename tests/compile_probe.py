@@ -436,6 +436,9 @@ def main(target: str, kernels) -> None:
         if label.startswith("addmm") and "ptx" in binary.asm:
             names = [name for name in source.fn.arg_names if source.signature[name] != "constexpr"]
             found["fused"] = fused_with(binary.asm["ptx"], names, {"alpha", "beta"})
+        if "REGISTERS" in source.fn.arg_names:
+            asked = source.constants[(source.fn.arg_names.index("REGISTERS"),)]
+            found["registers_asked"], found["registers_loaded"] = asked, "ldmatrix" in binary.asm["ptx"]
         print(json.dumps(found), flush=True)
 
 

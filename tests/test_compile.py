@@ -54,6 +54,15 @@ def test_scales_are_fused_alike_in_every_tile(compiled):
     assert all(names == ["alpha"] for names in fused)
 
 
+def test_a_left_operand_is_loaded_into_registers_where_the_schedule_says_so(compiled):
+    """And nowhere else: the other schedules are the control."""
+    target, kernels = compiled
+    found = {
+        (kernel["registers_asked"], kernel["registers_loaded"]) for kernel in kernels if "registers_asked" in kernel
+    }
+    assert found == ({(False, False), (True, True)} if target == "sm_90" else set())
+
+
 def test_a_missing_and_a_late_wait_are_seen():
     found = {kernel["kernel"]: kernel["waits_first"] for kernel in probe("controls")}
     assert found == {"_never_waits": False, "_waits_late": False, "_waits": True}
