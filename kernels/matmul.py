@@ -149,6 +149,7 @@ def specialised_schedule(
     split: bool = False,
     relay: bool = False,
     ragged: bool = False,
+    block_k: int | None = None,
 ) -> MatmulSchedule | None:
     """The specialised schedule of a tile, its pipeline as deep as shared memory allows; ``None`` if under 3 steps.
 
@@ -156,10 +157,12 @@ def specialised_schedule(
         left, right, tail: its sides as ``wgmma`` sees them: ``left`` a multiple of 64; ``right`` a power of two and
             ``tail`` the sum of up to two smaller ones (of one, if ``ragged``), from 8. The weight is the left operand
             if ``swap``, else the tokens are.
+        block_k: length of a step along K; by default 128, for large tiles 64.
     """
-    block_k = 128 if (left + right + tail) <= 192 else 64
+    if block_k is None:
+        block_k = 128 if (left + right + tail) <= 192 else 64
     room = SHARED_BYTES - 1024 - 2 * left * (right + tail)
-    stages = min(room // (2 * block_k * (left + right + tail)), 8)
+    stages = min(room // (2 * block_k * (left + right + tail)), 12)
     if stages < 3:
         return None
     warps = 4 if left == 64 else 8
@@ -214,6 +217,9 @@ def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms:
 THIN = 32
 """Up to this many rows the weight's bytes are all the cost, and its tile goes left."""
 
+THIN_BYTES = 205_000
+"""What the pipeline of a thin tile may take of Hopper's shared memory."""
+
 
 @lru_cache(maxsize=65536)
 def choose_schedule(
@@ -228,10 +234,10 @@ def choose_schedule(
 ) -> MatmulSchedule:
     """The schedule for ``m`` rows and ``n`` columns.
 
-    Beyond ``THIN`` rows, what a tuner has found fastest for this shape on the GPU called ``gpu``, if it has.
-    Otherwise: with few rows the weight's bytes are the cost, so thin tiles with the weight on the left and a deep
-    pipeline. With many, the tensor cores' time is: of the large tiles, the one whose last wave of programs leaves
-    the fewest SMs idle, on Hopper by the estimate.
+    What a tuner has found fastest for this shape on the GPU called ``gpu``, if it has. Otherwise: with few rows the
+    weight's bytes are the cost, so thin tiles with the weight on the left and a deep pipeline. With many, the tensor
+    cores' time is: of the large tiles, the one whose last wave of programs leaves the fewest SMs idle, on Hopper by
+    the estimate.
 
     Args:
         tma: whether both operands can be loaded through TMA descriptors.
@@ -239,9 +245,7 @@ def choose_schedule(
         specialised: whether Hopper's specialised kernel may be used.
         gpu: its name, as torch gives it; ``None`` for the defaults alone.
     """
-    # Held to few variants for a model, a search gives up the thin tiles for the sake of larger batches.
-    tune = specialised and gpu is not None and m > THIN
-    if tune and (found := tuned.find(gpu, n, plan.k, m)) is not None:
+    if specialised and gpu is not None and (found := tuned.find(gpu, n, plan.k, m)) is not None:
         return MatmulSchedule(**found)
     stages = 3 if plan.chunks == 1 else 2  # a chunk's sum on top: within the 64 KB of AMD's shared memory
     if itemsize == 4:
@@ -267,16 +271,21 @@ def choose_schedule(
 def _choose_thin(m: int, n: int, plan: MatmulPlan, sms: int, specialised: bool) -> MatmulSchedule:
     """The weight on the left, in tiles that give the busiest program the fewest columns; the wider of two that do.
 
-    The wide one by the specialised kernel, if it may be used: faster on an H200 for 28672 columns. For the narrow one
-    it makes no difference. What did not pay there: one height of 32 for all few rows, which costs a single row more
-    than a tenth of its speed, and tiles of 32 columns where those of 64 leave SMs idle.
+    The wide one by the specialised kernel, if it may be used: faster on an H200 for 28672 columns. The lowest tile
+    whose jobs all run at once: where SMs would be idle, more programs ask memory for more, although each row block
+    asks L2 for the weight anew. Otherwise one as high as the rows. What did not pay on an H200: tiles of 32 columns
+    where those of 64 leave SMs idle.
     """
-    block_m, split = max(16, triton.next_power_of_2(m)), plan.chunks > 1
+    split = plan.chunks > 1
     jobs = {width: triton.cdiv(n, width) * plan.chunks for width in (128, 64)}
     block_n = min(jobs, key=lambda width: triton.cdiv(jobs[width], sms) * width)
+    most = max(16, triton.next_power_of_2(m))
+    heights = (height for height in (16, 32) if triton.cdiv(m, height) * jobs[block_n] <= sms)
+    block_m = min(next(heights, most), most)
     if block_n == 128 and specialised:
         return specialised_schedule(block_n, block_m, swap=True, split=split)
-    block_k, stages = (128, 4) if block_n == 128 else (256, 4) if m <= THIN else (128, 6)
+    block_k = 128 if block_n == 128 or block_m > THIN else 256
+    stages = min(THIN_BYTES // (2 * block_k * (block_m + block_n)), 6)
     return MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True, split=split)
 
 

@@ -28,6 +28,8 @@ from kernels import tuned
 from kernels.matmul import (
     PERSISTENT_TILES,
     SPECIALISED,
+    THIN,
+    THIN_BYTES,
     MatmulSchedule,
     estimate_us,
     has_wgmma,
@@ -48,10 +50,12 @@ SPLIT_ALONG_K = ("o", "down")
 VOCABULARY = 128256
 """Outputs of the last layer, which both models have and which ``MODELS`` leaves out: it runs once a token."""
 TENSOR_PARALLEL = (1, 2, 4, 8)
-VARIANTS = {1: 8, 2: 8, 4: 10, 8: 10}
-"""Most different kernels that a table gives one model, by the number of GPUs; a schedule counts once for each number
-of chunks. What the rule takes for few rows comes on top, four to six: a dozen in all for a model on one or two GPUs.
-The narrow weights of more have so few tiles that each wants its own.
+VARIANTS = 12
+"""Most different kernels that a table gives one model; a schedule counts once for each number of chunks."""
+FEW = {1: 4, 2: 4, 4: 3, 8: 3}
+"""How many of them are for up to ``THIN`` rows, by the number of GPUs: searched for by themselves, since weighed
+against larger batches they would be given up. The narrow weights of many GPUs have so few tiles that for many rows
+each wants its own.
 """
 COMPROMISES = 20
 """Variants that are tried at every point of a model."""
@@ -62,7 +66,7 @@ HOPELESS = 1.5
 """A compromise whose estimate is so many times the best one's is not tried."""
 UNTRIED = 100.0
 """What a variant that was not tried at a point counts for there, in times of the yardstick: anything is better."""
-TOKENS = (64, 100, 128, 192, 256, 384, 512, 640, 777, 1024, 1536, 2048, 4096, 8192)
+TOKENS = (8, 16, 32, 64, 100, 128, 192, 256, 384, 512, 640, 777, 1024, 1536, 2048, 4096, 8192)
 """Batches that are tuned; one in between runs as the next larger one does, so they lie close where tiles are few."""
 
 Variant = tuple[int, MatmulSchedule]
@@ -82,11 +86,20 @@ def shard(model: str, layer: str, tp: int) -> tuple[int, int]:
 
 
 def thin_schedules(m: int, plan: MatmulPlan) -> Iterator[MatmulSchedule]:
-    """For few rows: the weight on the left, a deep pipeline. Also twice as high, to serve more rows too."""
-    lowest = max(16, triton.next_power_of_2(m))
-    for block_m, block_n, (block_k, stages) in product((lowest, 2 * lowest), (32, 64, 128), ((128, 6), (256, 4))):
-        if block_m <= 64 and (block_m + block_n) * block_k * 2 * stages <= 200_000:
-            in_turn = MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True)
+    """For few rows: the weight on the left, a pipeline as deep as shared memory allows.
+
+    As high as the rows, twice as high, to serve more rows too, and half as high: two row blocks ask memory for more
+    where SMs would be idle. A tile of 8 rows leaves room for more of the weight.
+    """
+    lowest = max(8, triton.next_power_of_2(m))
+    for block_m, block_n, block_k in product((lowest // 2, lowest, 2 * lowest), (64, 128), (128, 256)):
+        if not 8 <= block_m <= 64:
+            continue
+        found = [specialised_schedule(block_n, block_m, swap=True, block_k=block_k)]
+        stages = min(THIN_BYTES // (2 * block_k * (block_m + block_n)), 8)
+        if block_m > 8 and stages >= 3:
+            found.append(MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True))
+        for in_turn in filter(None, found):
             yield in_turn
             if plan.chunks > 1:
                 yield replace(in_turn, split=True)
@@ -119,8 +132,8 @@ def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 6) -> 
 
     Of the common ones those that may come near; of relays, which seldom win, three where one should.
     """
-    found = list(thin_schedules(m, plan)) if m <= 64 else []
-    if wgmma:
+    found = [s for s in thin_schedules(m, plan) if wgmma or not s.specialised] if m <= 64 else []
+    if wgmma and m > THIN:
         highest = max(64, triton.next_power_of_2(m))
         ranked = sorted(
             (estimate_us(m, n, plan, s), at, s)
@@ -131,7 +144,7 @@ def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 6) -> 
         found += [s for _, _, s in ranked if not s.relay][:most]
         found += [s for us, _, s in ranked if s.relay and us < 0.95 * best][:3]
         found += [s for us, _, s in ranked if s in SPECIALISED and us <= 1.35 * best]
-    elif m > 32:
+    elif m > THIN:
         found += [s for s, _ in PERSISTENT_TILES if s.block_m <= 2 * m]
     return [s for s in dict.fromkeys(found) if s.fits(plan)]
 
@@ -175,7 +188,12 @@ def time_schedules(m: int, weights: list[torch.Tensor], schedules: Iterable[Matm
 
 
 def compromises_at(m: int, n: int, plan: MatmulPlan, few: set[Variant]) -> list[MatmulSchedule]:
-    """Which of ``few`` variants to try for ``m`` rows: those with the plan's chunks that are not hopeless."""
+    """Which of ``few`` variants to try for ``m`` rows: those with the plan's chunks that are not hopeless.
+
+    None up to ``THIN`` rows, where all thin ones have been tried.
+    """
+    if m <= THIN:
+        return []
     estimates = {s: estimate_us(m, n, plan, s) for s in specialised_schedules(plan)}
     most = HOPELESS * min(estimates.values())
     return [s for s, us in estimates.items() if (plan.chunks, s) in few and us < most]
@@ -201,7 +219,9 @@ def time_model(shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> dict
 
     measure(partial(candidates, wgmma=wgmma))
     if wgmma:
-        measure(partial(compromises_at, few=set(fastest_few(times, COMPROMISES).values())))
+        many = {point: found for point, found in times.items() if point[2] > THIN}
+        if many:
+            measure(partial(compromises_at, few=set(fastest_few(many, COMPROMISES).values())))
     return times
 
 
@@ -243,6 +263,18 @@ def fastest_few(times: dict[tuple, dict[Variant, float]], limit: int) -> dict[tu
     for point, variant in chosen.items():
         if variant not in times[point]:
             raise ValueError(f"limit={limit} variants cannot serve all points: none of them was tried at {point}")
+    return chosen
+
+
+def choose_variants(times: dict[tuple, dict[Variant, float]], tp: int) -> dict[tuple, Variant]:
+    """A variant for every point (n, k, m) of a model on ``tp`` GPUs.
+
+    At most ``FEW`` of them for few rows, and ``VARIANTS`` in all.
+    """
+    chosen = {}
+    for thin, limit in ((True, FEW[tp]), (False, VARIANTS - FEW[tp])):
+        if points := {point: found for point, found in times.items() if (point[2] <= THIN) == thin}:
+            chosen |= fastest_few(points, limit)
     return chosen
 
 
@@ -294,7 +326,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m lab.tune", description=__doc__.splitlines()[0])
     parser.add_argument("--model", nargs="+", choices=MODELS, default=list(MODELS))
     parser.add_argument("--tp", nargs="+", type=int, choices=TENSOR_PARALLEL, default=list(TENSOR_PARALLEL))
-    parser.add_argument("--m", nargs="+", type=int, default=list(TOKENS), help="numbers of rows")
+    parser.add_argument(
+        "--m", nargs="+", type=int, default=list(TOKENS), help="numbers of rows; one below runs as the least"
+    )
     options = parser.parse_args(arguments)
     device = current_device()
     if not device.is_gpu or not has_wgmma(torch.device("cuda")):
@@ -312,7 +346,7 @@ def main(arguments: list[str] | None = None) -> int:
             table[shape["n"], shape["k"]] = rows
     for model, tp in tqdm(list(product(options.model, options.tp)), desc="models", file=sys.stdout):
         times = time_model(layers(model, tp), options.m)
-        chosen = fastest_few(times, VARIANTS[tp])
+        chosen = choose_variants(times, tp)
         for n, k in layers(model, tp):
             if rows := {m: _fields(chosen[n, k, m][1]) for m in rows_of(n, options.m)}:
                 table[n, k] = dict(sorted((table.get((n, k), {}) | rows).items()))

@@ -287,8 +287,20 @@ def test_thin_tiles_give_the_busiest_program_the_fewest_columns(n, block_n):
     for m in (1, 16, 17, 32):
         for specialised in (False, True):
             schedule = choose_schedule(m, n, plan_matmul(n, 4096, 2), 2, True, 132, specialised)
-            assert schedule.swap and (schedule.block_m, schedule.block_n) == (16 if m <= 16 else 32, block_n)
+            assert schedule.swap and schedule.block_n == block_n
             assert schedule.specialised == (specialised and block_n == 128)
+
+
+@pytest.mark.parametrize(
+    ("m", "shape", "block_m"),
+    [(17, (4096, 4096), 16), (32, (2560, 8192), 16), (17, (8192, 4096), 32), (17, (28672, 4096), 32),
+     (64, (1280, 8192), 32)],
+)  # fmt: skip
+def test_thin_tiles_are_low_where_all_their_jobs_run_at_once(m, shape, block_m):
+    """Two row blocks of 64 tiles of columns are 128 programs for 132 SMs; of 128 tiles they would be too many."""
+    schedule = choose_schedule(m, shape[0], plan_matmul(*shape, 2), 2, True, 132, True)
+    assert schedule.block_m == block_m
+    assert choose_schedule(m, shape[0], plan_matmul(*shape, 2), 2, True, 66, True).block_m >= block_m
 
 
 A, B = torch.zeros(3, 4), torch.zeros(4, 5)
