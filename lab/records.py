@@ -18,6 +18,7 @@ import math
 import operator
 import os
 import re
+import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -304,6 +305,22 @@ def _locked(folder: Path) -> Iterator[None]:
                     raise RecordError(f"{shown(folder)} is locked by another process") from None
                 time.sleep(0.002)
         yield  # closing the file frees the lock
+
+
+def write_atomically(path: Path, text: str) -> None:
+    """Replaces `path` as a whole: a crash leaves the old file or the new one, never a part of either."""
+    mode = path.stat().st_mode if path.exists() else 0o644
+    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(temporary, mode & 0o777)
+        os.replace(temporary, path)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
 
 
 def _replace(path: Path, content: bytes) -> None:

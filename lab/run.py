@@ -36,6 +36,7 @@ from tqdm import tqdm
 from traitlets import default
 
 from lab.device import ROOT, current_device, resolve_preset
+from lab.records import write_atomically
 
 NOTEBOOKS = ROOT / "notebooks"
 EXECUTED = ROOT / "build" / "run"
@@ -362,22 +363,6 @@ def without_paths(text: str) -> str:
         if place != Path(place.anchor):  # a container's home may be / itself
             text = re.sub(re.escape(str(place)) + r"(?![\w-])", name, text)
     return text
-
-
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` as a whole: a crash leaves the old file or the new one, never a part of either."""
-    mode = path.stat().st_mode if path.exists() else 0o644
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, mode & 0o777)
-        os.replace(temporary, path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 # ---------------------------------------------------------------------------------------------- command line

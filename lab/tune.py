@@ -4,21 +4,30 @@
 
 Every candidate is first held bit by bit against the plan as another kernel computes it; one that differs is no
 schedule, and stops the search. So tuning can change how long a result takes and nothing else.
+
+Two GPUs of one name differ by some per cent, and so do two runs on one. So every run is kept, in
+``data/<gpu>/tune.json``, and the table is drawn from the mean over all of them. Without measuring, on any machine:
+
+    python -m lab.tune --runs data/nvidia-h200/tune.json
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import multiprocessing
 import os
 import sys
+from bisect import bisect_left
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, product
+from pathlib import Path
 from statistics import geometric_mean
+from typing import NoReturn
 
 import torch
 import triton
@@ -38,7 +47,8 @@ from kernels.matmul import (
 )
 from kernels.plan import MatmulPlan, plan_matmul
 from lab import check
-from lab.device import PRESETS, commit, current_device
+from lab.device import PRESETS, ROOT, commit, current_device, slugify
+from lab.records import write_atomically
 from lab.timing import ring_size, time_graphs
 
 MODELS = {
@@ -278,6 +288,88 @@ def choose_variants(times: dict[tuple, dict[Variant, float]], tp: int) -> dict[t
     return chosen
 
 
+Times = dict[tuple[int, int, int], dict[MatmulSchedule, float]]
+"""Of schedules at points (n, k, m), over that of ``torch.mm``."""
+
+
+def runs_of(gpu: str) -> Path:
+    """Where the runs on the GPU called ``gpu`` are kept."""
+    return ROOT / "data" / slugify(gpu) / "tune.json"
+
+
+def read_runs(path: Path) -> list[tuple[dict, Times]]:
+    """The runs kept in ``path``, oldest first: where each comes from, and its times. None if there is no file.
+
+    Raises:
+        ValueError: the file is damaged, or its runs are of several GPUs.
+    """
+    if not path.is_file():
+        return []
+    try:
+        kept = json.loads(path.read_text())
+        schedules = [MatmulSchedule(**fields) for fields in kept["schedules"]]
+        runs = []
+        for run in kept["runs"]:
+            origin = {key: run[key] for key in ("gpu", "torch", "triton", "commit", "measured_at")}
+            points = {(n, k, m): {schedules[int(i)]: t for i, t in found.items()} for n, k, m, found in run["points"]}
+            runs.append((origin, points))
+    except (ValueError, LookupError, TypeError) as error:
+        raise ValueError(f"{path} holds no runs of the tuner ({error!r})") from error
+    if len({origin["gpu"] for origin, _ in runs}) > 1:
+        raise ValueError(f"{path} holds runs of several GPUs: {sorted({origin['gpu'] for origin, _ in runs})}")
+    return runs
+
+
+def write_runs(path: Path, runs: list[tuple[dict, Times]]) -> None:
+    """Keep ``runs`` in ``path``, all or nothing; times to five digits. A line for every schedule and every point."""
+    index: dict[MatmulSchedule, int] = {}
+    texts = []
+    for origin, times in runs:
+        points = [
+            [*point, {str(index.setdefault(s, len(index))): float(f"{t:.5g}") for s, t in found.items()}]
+            for point, found in sorted(times.items())
+        ]
+        lines = ",\n   ".join(map(json.dumps, points))
+        texts.append(f'  {json.dumps(origin)[:-1]}, "points": [\n   {lines}\n  ]}}')
+    schedules = ",\n  ".join(json.dumps(_fields(schedule)) for schedule in index)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, f'{{"schedules": [\n  {schedules}\n ],\n "runs": [\n' + ",\n".join(texts) + "\n]}\n")
+
+
+def averaged(runs: Iterable[tuple[dict, Times]], tokens: Iterable[int]) -> dict[tuple, dict[Variant, float]]:
+    """Geometric means over all runs; a batch counts for the row of a table that serves it, the next of ``tokens``."""
+    rows = sorted(tokens)
+    logs: dict[tuple, dict[Variant, list[float]]] = {}
+    for _, times in runs:
+        for (n, k, m), found in times.items():
+            if m <= rows[-1]:
+                known = logs.setdefault((n, k, rows[bisect_left(rows, m)]), {})
+                for schedule, time in found.items():
+                    known.setdefault((plan_matmul(n, k, 2).chunks, schedule), []).append(math.log(time))
+    return {
+        point: {variant: math.exp(sum(all_of) / len(all_of)) for variant, all_of in known.items()}
+        for point, known in logs.items()
+    }
+
+
+def draw_table(
+    runs: list[tuple[dict, Times]], models: Iterable[tuple[str, int]], tokens: Iterable[int]
+) -> dict[tuple[int, int], dict[int, dict]]:
+    """What ``runs`` choose for (model, GPUs) in ``models``: shape to rows to fields of a schedule. Says how fast."""
+    means, table = averaged(runs, {*TOKENS, *tokens}), {}
+    for model, tp in models:
+        shapes = layers(model, tp)
+        times = {point: found for point, found in means.items() if point[:2] in shapes and point[2] in tokens}
+        chosen = choose_variants(times, tp)
+        for (n, k, m), (_, schedule) in sorted(chosen.items()):
+            table.setdefault((n, k), {})[m] = _fields(schedule)
+        if chosen:
+            speed = [1 / times[point][variant] for point, variant in chosen.items()]
+            speeds = f"mean {geometric_mean(speed):.3f}, least {min(speed):.2f}"
+            print(f"{model}, {tp} GPUs: torch.mm's time over ours, {speeds}")
+    return table
+
+
 def _compile(jobs: list[tuple[int, int, MatmulSchedule]]) -> None:
     for n, k, schedule in jobs:
         a = torch.zeros(64, k, device="cuda", dtype=torch.bfloat16)
@@ -329,38 +421,45 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--m", nargs="+", type=int, default=list(TOKENS), help="numbers of rows; one below runs as the least"
     )
+    parser.add_argument("--runs", type=Path, help="measure nothing; draw the table from the runs kept in this file")
     options = parser.parse_args(arguments)
-    device = current_device()
-    if not device.is_gpu or not has_wgmma(torch.device("cuda")):
-        parser.error(
-            "tables are for the kernel with specialised warps, which needs a Hopper GPU; torch sees none here"
-        )
-    shapes = set().union(*(layers(model, tp) for model, tp in product(options.model, options.tp)))
-    compile_all(shapes, options.m)
-    path = tuned.path_of(device.name)
-    table = {}
+    models = list(product(options.model, options.tp))
+    runs = read_runs(options.runs) if options.runs else measure_run(models, options.m, parser.error)
+    if not runs:
+        parser.error(f"--runs {options.runs} does not exist, or keeps no run")
+    origin = runs[-1][0] | {"commit": ", ".join(dict.fromkeys(origin["commit"] for origin, _ in runs))}
+    path, table = tuned.path_of(origin["gpu"]), {}
     if path.is_file():
         old = json.loads(path.read_text())
         for shape in old["shapes"]:
             rows = {int(m): old["schedules"][index] for m, index in shape["rows"].items()}
             table[shape["n"], shape["k"]] = rows
-    for model, tp in tqdm(list(product(options.model, options.tp)), desc="models", file=sys.stdout):
-        times = time_model(layers(model, tp), options.m)
-        chosen = choose_variants(times, tp)
-        for n, k in layers(model, tp):
-            if rows := {m: _fields(chosen[n, k, m][1]) for m in rows_of(n, options.m)}:
-                table[n, k] = dict(sorted((table.get((n, k), {}) | rows).items()))
-        speed = [1 / times[point][variant] for point, variant in chosen.items()]
-        speeds = f"mean {geometric_mean(speed):.3f}, least {min(speed):.2f}"
-        tqdm.write(f"{model}, {tp} GPUs: torch.mm's time over ours, {speeds}")
-    origin = {"gpu": device.name, "torch": device.torch, "triton": device.triton, "commit": commit()}
-    origin["measured_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+    for shape, rows in draw_table(runs, models, options.m).items():
+        table[shape] = dict(sorted((table.get(shape, {}) | rows).items()))
     path.parent.mkdir(exist_ok=True)
-    half = path.with_suffix(".tmp")
-    half.write_text(as_text(origin, table))
-    os.replace(half, path)
-    print(f"{len(shapes)} shapes tuned: {path.name}")
+    write_atomically(path, as_text(origin, table))
+    print(f"{len(table)} shapes in the table: {path.name}")
     return 0
+
+
+def measure_run(
+    models: list[tuple[str, int]], tokens: Iterable[int], refuse: Callable[[str], NoReturn]
+) -> list[tuple[dict, Times]]:
+    """All runs of the GPU at hand, the last of them new: what is measured is kept after every model."""
+    device = current_device()
+    if not device.is_gpu or not has_wgmma(torch.device("cuda")):
+        refuse("tables are for the kernel with specialised warps, which needs a Hopper GPU; torch sees none here")
+    path = runs_of(device.name)
+    before = read_runs(path)
+    compile_all(set().union(*(layers(model, tp) for model, tp in models)), tokens)
+    origin = {"gpu": device.name, "torch": device.torch, "triton": device.triton, "commit": commit()}
+    times: Times = {}
+    for model, tp in tqdm(models, desc="models", file=sys.stdout):
+        for point, found in time_model(layers(model, tp), tokens).items():
+            times[point] = {schedule: time for (_, schedule), time in found.items()}
+        origin["measured_at"] = datetime.now(UTC).isoformat(timespec="seconds")
+        write_runs(path, [*before, (origin, times)])
+    return [*before, (origin, times)]
 
 
 if __name__ == "__main__":

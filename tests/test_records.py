@@ -359,6 +359,20 @@ def test_reference_charts():
         reference("nothing")
 
 
+def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "lesson.ipynb"
+    path.write_text("old")
+
+    def crash(descriptor: int) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(records.os, "fsync", crash)
+    with pytest.raises(OSError, match="disk full"):
+        records.write_atomically(path, "new")
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_reference_files_say_where_they_come_from():
     for path in sorted((records.ROOT / "data" / "reference").glob("*.csv")):
         head = [line for line in path.read_text().splitlines() if line.startswith("#")]

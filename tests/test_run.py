@@ -295,20 +295,6 @@ def test_a_lesson_edited_while_it_ran_is_not_recorded():
         run.cleaned(edited, executed)
 
 
-def test_a_crash_while_writing_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "lesson.ipynb"
-    path.write_text("old")
-
-    def crash(descriptor: int) -> None:
-        raise OSError("disk full")
-
-    monkeypatch.setattr(run.os, "fsync", crash)
-    with pytest.raises(OSError, match="disk full"):
-        run.write_atomically(path, "new")
-    assert path.read_text() == "old"
-    assert list(tmp_path.iterdir()) == [path]
-
-
 def test_ctrl_c_says_what_ran_and_leaves_no_process_behind(tmp_path):
     house = tmp_path
     (house / "notebooks").mkdir()

@@ -23,17 +23,22 @@ from lab.tune import (
     TENSOR_PARALLEL,
     TOKENS,
     VARIANTS,
+    _fields,
     as_text,
+    averaged,
     candidates,
     choose_variants,
     compromises_at,
+    draw_table,
     fastest_few,
     layers,
     main,
+    read_runs,
     rows_of,
     shard,
     specialised_schedules,
     thin_schedules,
+    write_runs,
 )
 
 FAST, FAIR, SLOW = (MatmulSchedule(16 << i, 64, 64, 4, 3) for i in range(3))
@@ -147,7 +152,7 @@ def test_tuning_without_a_gpu_is_refused(monkeypatch, capsys):
 
 
 def test_tuning_some_rows_keeps_the_others(tmp_path, monkeypatch):
-    """Rows that a table has stay, and a shape without rows to tune leaves no empty entry behind."""
+    """Rows that a table has stay, a shape without rows to tune leaves no empty entry behind, and the run is kept."""
     chip = SimpleNamespace(is_gpu=True, name="this one", torch="2", triton="3")
     kept = {"block_m": 16}
     monkeypatch.setattr(tuned, "FOLDER", tmp_path)
@@ -155,6 +160,8 @@ def test_tuning_some_rows_keeps_the_others(tmp_path, monkeypatch):
     schedule = choose_schedule(1024, 6144, plan_matmul(6144, 4096, 2), 2, True, 132, True)
     for name, stand_in in {
         "current_device": lambda: chip,
+        "commit": lambda: "abc",
+        "runs_of": lambda gpu: tmp_path / f"{gpu}.runs",
         "has_wgmma": lambda device: True,
         "compile_all": lambda shapes, tokens: None,
         "time_model": lambda shapes, tokens: {
@@ -163,12 +170,72 @@ def test_tuning_some_rows_keeps_the_others(tmp_path, monkeypatch):
         "fastest_few": lambda times, most: {point: next(iter(found)) for point, found in times.items()},
     }.items():
         monkeypatch.setattr(f"lab.tune.{name}", stand_in)
-    assert main(["--model", "llama-3-8b", "--tp", "1", "--m", "1024"]) == 0
+    for already in range(2):
+        assert len(read_runs(tmp_path / "this one.runs")) == already
+        assert main(["--model", "llama-3-8b", "--tp", "1", "--m", "1024"]) == 0
     tuned._table.cache_clear()
     assert tuned.find("this one", 6144, 4096, 64) == tuned.find("this one", 6144, 4096, 2048) == kept
     assert tuned.find("this one", 6144, 4096, 1024)["block_m"] == schedule.block_m
     assert tuned.find("this one", 128256, 4096, 64) is None
     tuned._table.cache_clear()
+    (_, times), _ = read_runs(tmp_path / "this one.runs")
+    assert times[6144, 4096, 1024] == {schedule: 0.9}
+
+
+ORIGIN = {"gpu": "this one", "torch": "2", "triton": "3", "commit": "abc", "measured_at": "now"}
+
+
+def test_runs_read_back_as_they_were_written(tmp_path):
+    runs = [(ORIGIN, {(64, 32, 16): {FAST: 0.5, SLOW: 1.25}, (8, 32, 16): {FAST: 1 / 3}}), (ORIGIN, {})]
+    write_runs(tmp_path / "tune.json", runs)
+    (_, first), second = read_runs(tmp_path / "tune.json")
+    assert first == {(64, 32, 16): {FAST: 0.5, SLOW: 1.25}, (8, 32, 16): {FAST: 0.33333}}
+    assert second == (ORIGIN, {})
+    assert read_runs(tmp_path / "none.json") == []
+
+
+def test_runs_that_cannot_be_read_are_named(tmp_path):
+    path = tmp_path / "tune.json"
+    for text in ("{", "[]", '{"schedules": [], "runs": [{}]}'):
+        path.write_text(text)
+        with pytest.raises(ValueError, match=r"tune\.json holds no runs"):
+            read_runs(path)
+    write_runs(path, [(ORIGIN, {}), (ORIGIN | {"gpu": "another"}, {})])
+    with pytest.raises(ValueError, match="runs of several GPUs"):
+        read_runs(path)
+
+
+def test_a_batch_counts_for_the_row_that_serves_it_in_the_mean_of_all_runs():
+    first = {(64, 32, 9): {FAST: 1.0}, (64, 32, 16): {FAST: 4.0, SLOW: 3.0}, (64, 32, 17): {FAST: 9.0}}
+    second = {(64, 32, 16): {FAST: 2.0}}
+    found = averaged([(ORIGIN, first), (ORIGIN, second)], (8, 16))
+    assert found.keys() == {(64, 32, 16)}
+    assert found[64, 32, 16] == pytest.approx({(1, FAST): 2.0, (1, SLOW): 3.0})
+
+
+def test_rows_that_are_not_asked_for_lend_their_times_to_no_other():
+    shape = (6144, 4096)
+    run = {(*shape, 777): {FAST: 0.5, SLOW: 1.0}, (*shape, 1024): {FAST: 1.0, SLOW: 0.9}}
+    assert draw_table([(ORIGIN, run)], [("llama-3-8b", 1)], [1024]) == {shape: {1024: _fields(SLOW)}}
+
+
+def test_a_table_is_drawn_from_runs_without_a_gpu(tmp_path, monkeypatch, capsys):
+    """On any machine, and the same table again from the same runs."""
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    wide = specialised_schedule(128, 128)
+    times = {(*shape, 1024): {wide: 1.0} for shape in layers("llama-3-8b", 1) if shape[0] != 128256}
+    write_runs(tmp_path / "tune.json", [(ORIGIN, times), (ORIGIN | {"commit": "def"}, times)])
+    call = ["--runs", str(tmp_path / "tune.json"), "--model", "llama-3-8b", "--tp", "1"]
+    assert main(call) == 0
+    text = (tmp_path / "this-one.json").read_text()
+    assert main(call) == 0
+    assert (tmp_path / "this-one.json").read_text() == text
+    assert json.loads(text)["commit"] == "abc, def"
+    assert tuned.find("this one", 6144, 4096, 1024) == _fields(wide)
+    tuned._table.cache_clear()
+    with pytest.raises(SystemExit):
+        main(["--runs", str(tmp_path / "none.json")])
+    assert "none.json does not exist" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
