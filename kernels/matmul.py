@@ -217,8 +217,16 @@ def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms:
 THIN = 32
 """Up to this many rows the weight's bytes are all the cost, and its tile goes left."""
 
-THIN_BYTES = 205_000
-"""What the pipeline of a thin tile may take of Hopper's shared memory."""
+
+def thin_schedule(block_m: int, block_n: int, block_k: int, *, split: bool = False) -> MatmulSchedule | None:
+    """The persistent schedule of a tile for few rows, the weight on its left; ``None`` if under 3 steps.
+
+    Its pipeline is as deep as 205 KB of Hopper's shared memory allow: the rest is for what Triton stages there.
+    """
+    stages = min(205_000 // (2 * block_k * (block_m + block_n)), 8)
+    if stages < 3:
+        return None
+    return MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True, split=split)
 
 
 @lru_cache(maxsize=65536)
@@ -271,22 +279,20 @@ def choose_schedule(
 def _choose_thin(m: int, n: int, plan: MatmulPlan, sms: int, specialised: bool) -> MatmulSchedule:
     """The weight on the left, in tiles that give the busiest program the fewest columns; the wider of two that do.
 
-    The wide one by the specialised kernel, if it may be used: faster on an H200 for 28672 columns. The lowest tile
-    whose jobs all run at once: where SMs would be idle, more programs ask memory for more, although each row block
-    asks L2 for the weight anew. Otherwise one as high as the rows. What did not pay on an H200: tiles of 32 columns
-    where those of 64 leave SMs idle.
+    The wide one by the specialised kernel, if it may be used: for 28672 columns on an H200 the two kernels change
+    places from record to record. The lowest tile whose jobs all run at once: where SMs would be idle, more programs
+    ask memory for more, although each row block asks L2 for the weight anew. Otherwise one as high as the rows. What
+    did not pay on an H200: tiles of 32 columns where those of 64 leave SMs idle.
     """
     split = plan.chunks > 1
     jobs = {width: triton.cdiv(n, width) * plan.chunks for width in (128, 64)}
     block_n = min(jobs, key=lambda width: triton.cdiv(jobs[width], sms) * width)
-    most = max(16, triton.next_power_of_2(m))
-    heights = (height for height in (16, 32) if triton.cdiv(m, height) * jobs[block_n] <= sms)
-    block_m = min(next(heights, most), most)
+    low = (height for height in (16, 32) if triton.cdiv(m, height) * jobs[block_n] <= sms)
+    block_m = next(low, max(16, triton.next_power_of_2(m)))
     if block_n == 128 and specialised:
         return specialised_schedule(block_n, block_m, swap=True, split=split)
     block_k = 128 if block_n == 128 or block_m > THIN else 256
-    stages = min(THIN_BYTES // (2 * block_k * (block_m + block_n)), 6)
-    return MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True, split=split)
+    return thin_schedule(block_m, block_n, block_k, split=split)
 
 
 def _choose_fp32(m: int, plan: MatmulPlan, tma: bool, stages: int) -> MatmulSchedule:

@@ -307,30 +307,20 @@ def _locked(folder: Path) -> Iterator[None]:
         yield  # closing the file frees the lock
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """Replaces `path` as a whole: a crash leaves the old file or the new one, never a part of either."""
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Replaces ``path`` as a whole: a reader, or a crash, sees all of the old file or all of the new one."""
     mode = path.stat().st_mode if path.exists() else 0o644
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+        with os.fdopen(handle, "wb") as out:
+            out.write(content.encode("utf-8") if isinstance(content, str) else content)
+            out.flush()
+            os.fsync(out.fileno())
         os.chmod(temporary, mode & 0o777)
         os.replace(temporary, path)
     except BaseException:
         Path(temporary).unlink(missing_ok=True)
         raise
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Puts `content` in the file's place at once: a reader, or a crash, sees all old or all new bytes."""
-    temporary = path.with_name(f".{path.name}.tmp")  # the lock is held: what lies there is a leftover
-    with open(temporary, "wb") as out:
-        out.write(content)
-        out.flush()
-        os.fsync(out.fileno())
-    os.replace(temporary, path)
     folder = os.open(path.parent, os.O_RDONLY)
     try:
         os.fsync(folder)  # the new name, too, has to reach the disk
@@ -408,7 +398,7 @@ class Store:
         with _locked(self.folder):
             old = path.read_bytes() if path.exists() else _csv([kind.columns])
             _checked(path, old, kind, self.slug)
-            _replace(path, old + _csv(lines))
+            write_atomically(path, old + _csv(lines))
 
     def provenance(self, name: str, frame: pd.DataFrame | None = None) -> str:
         """Where the rows of `frame` (default: the newest of the experiment) come from, in one line."""

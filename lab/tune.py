@@ -6,7 +6,8 @@ Every candidate is first held bit by bit against the plan as another kernel comp
 schedule, and stops the search. So tuning can change how long a result takes and nothing else.
 
 Two GPUs of one name differ by some per cent, and so do two runs on one. So every run is kept, in
-``data/<gpu>/tune.json``, and the table is drawn from the mean over all of them. Without measuring, on any machine:
+``data/<gpu>/tune.json``, and the table is drawn from the mean over all of them. (Runs of kernels that are no longer
+the same do not belong into that mean: put the file away first.) Without measuring, on any machine:
 
     python -m lab.tune --runs data/nvidia-h200/tune.json
 """
@@ -38,12 +39,12 @@ from kernels.matmul import (
     PERSISTENT_TILES,
     SPECIALISED,
     THIN,
-    THIN_BYTES,
     MatmulSchedule,
     estimate_us,
     has_wgmma,
     matmul,
     specialised_schedule,
+    thin_schedule,
 )
 from kernels.plan import MatmulPlan, plan_matmul
 from lab import check
@@ -105,11 +106,9 @@ def thin_schedules(m: int, plan: MatmulPlan) -> Iterator[MatmulSchedule]:
     for block_m, block_n, block_k in product((lowest // 2, lowest, 2 * lowest), (64, 128), (128, 256)):
         if not 8 <= block_m <= 64:
             continue
-        found = [specialised_schedule(block_n, block_m, swap=True, block_k=block_k)]
-        stages = min(THIN_BYTES // (2 * block_k * (block_m + block_n)), 8)
-        if block_m > 8 and stages >= 3:
-            found.append(MatmulSchedule(block_m, block_n, block_k, 4, stages, swap=True, persistent=True))
-        for in_turn in filter(None, found):
+        specialised = specialised_schedule(block_n, block_m, swap=True, block_k=block_k)
+        plain = thin_schedule(block_m, block_n, block_k) if block_m > 8 else None  # below, by the older instruction
+        for in_turn in filter(None, (specialised, plain)):
             yield in_turn
             if plan.chunks > 1:
                 yield replace(in_turn, split=True)
@@ -198,12 +197,7 @@ def time_schedules(m: int, weights: list[torch.Tensor], schedules: Iterable[Matm
 
 
 def compromises_at(m: int, n: int, plan: MatmulPlan, few: set[Variant]) -> list[MatmulSchedule]:
-    """Which of ``few`` variants to try for ``m`` rows: those with the plan's chunks that are not hopeless.
-
-    None up to ``THIN`` rows, where all thin ones have been tried.
-    """
-    if m <= THIN:
-        return []
+    """Which of ``few`` variants to try for ``m`` rows: those with the plan's chunks that are not hopeless."""
     estimates = {s: estimate_us(m, n, plan, s) for s in specialised_schedules(plan)}
     most = HOPELESS * min(estimates.values())
     return [s for s, us in estimates.items() if (plan.chunks, s) in few and us < most]
@@ -218,7 +212,7 @@ def time_model(shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> dict
     wgmma = has_wgmma(torch.device("cuda"))
     times: dict[tuple, dict[Variant, float]] = {}
 
-    def measure(wanted: Callable[[int, int, MatmulPlan], list[MatmulSchedule]]) -> None:
+    def measure(wanted: Callable[[int, int, MatmulPlan], list[MatmulSchedule]], tokens: Iterable[int]) -> None:
         for n, k in sorted(shapes):
             weights, plan = cold_weights(n, k), plan_matmul(n, k, 2)
             for m in rows_of(n, tokens):
@@ -227,11 +221,11 @@ def time_model(shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> dict
                     found = time_schedules(m, weights, tried)
                     known |= {(plan.chunks, schedule): time for schedule, time in found.items()}
 
-    measure(partial(candidates, wgmma=wgmma))
-    if wgmma:
-        many = {point: found for point, found in times.items() if point[2] > THIN}
-        if many:
-            measure(partial(compromises_at, few=set(fastest_few(many, COMPROMISES).values())))
+    measure(partial(candidates, wgmma=wgmma), tokens)
+    many = {point: found for point, found in times.items() if point[2] > THIN}
+    if wgmma and many:  # of few rows all tiles have been tried
+        good = set(fastest_few(many, COMPROMISES).values())
+        measure(partial(compromises_at, few=good), [m for m in tokens if m > THIN])
     return times
 
 
@@ -298,7 +292,7 @@ def runs_of(gpu: str) -> Path:
 
 
 def read_runs(path: Path) -> list[tuple[dict, Times]]:
-    """The runs kept in ``path``, oldest first: where each comes from, and its times. None if there is no file.
+    """The runs kept in ``path``, oldest first: where each comes from, and its times. No runs if there is no file.
 
     Raises:
         ValueError: the file is damaged, or its runs are of several GPUs.
@@ -313,7 +307,7 @@ def read_runs(path: Path) -> list[tuple[dict, Times]]:
             origin = {key: run[key] for key in ("gpu", "torch", "triton", "commit", "measured_at")}
             points = {(n, k, m): {schedules[int(i)]: t for i, t in found.items()} for n, k, m, found in run["points"]}
             runs.append((origin, points))
-    except (ValueError, LookupError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise ValueError(f"{path} holds no runs of the tuner ({error!r})") from error
     if len({origin["gpu"] for origin, _ in runs}) > 1:
         raise ValueError(f"{path} holds runs of several GPUs: {sorted({origin['gpu'] for origin, _ in runs})}")
@@ -331,7 +325,7 @@ def write_runs(path: Path, runs: list[tuple[dict, Times]]) -> None:
         ]
         lines = ",\n   ".join(map(json.dumps, points))
         texts.append(f'  {json.dumps(origin)[:-1]}, "points": [\n   {lines}\n  ]}}')
-    schedules = ",\n  ".join(json.dumps(_fields(schedule)) for schedule in index)
+    schedules = ",\n  ".join(json.dumps(fields_of(schedule)) for schedule in index)
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, f'{{"schedules": [\n  {schedules}\n ],\n "runs": [\n' + ",\n".join(texts) + "\n]}\n")
 
@@ -362,7 +356,7 @@ def draw_table(
         times = {point: found for point, found in means.items() if point[:2] in shapes and point[2] in tokens}
         chosen = choose_variants(times, tp)
         for (n, k, m), (_, schedule) in sorted(chosen.items()):
-            table.setdefault((n, k), {})[m] = _fields(schedule)
+            table.setdefault((n, k), {})[m] = fields_of(schedule)
         if chosen:
             speed = [1 / times[point][variant] for point, variant in chosen.items()]
             speeds = f"mean {geometric_mean(speed):.3f}, least {min(speed):.2f}"
@@ -393,7 +387,7 @@ def compile_all(shapes: set[tuple[int, int]], tokens: Iterable[int]) -> None:
         part.join()
 
 
-def _fields(schedule: MatmulSchedule) -> dict:
+def fields_of(schedule: MatmulSchedule) -> dict:
     """What distinguishes ``schedule`` from the defaults of its fields."""
     default = MatmulSchedule(0, 0, 0, 0, 0)
     return {key: value for key, value in asdict(schedule).items() if value != getattr(default, key)}

@@ -267,7 +267,7 @@ def child(work):
 
 # One process after another dies at each step of an append.
 store.append("matmul", point(m=1), GPU, "c")
-steps = [(records, "_replace", half_a_file), (os, "fsync", die), (os, "replace", die),
+steps = [(records, "write_atomically", half_a_file), (os, "fsync", die), (os, "replace", die),
          (os, "replace", replace_then_die)]
 for index, (module, name, stand_in) in enumerate(steps):
     def work():

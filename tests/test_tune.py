@@ -23,7 +23,6 @@ from lab.tune import (
     TENSOR_PARALLEL,
     TOKENS,
     VARIANTS,
-    _fields,
     as_text,
     averaged,
     candidates,
@@ -31,6 +30,7 @@ from lab.tune import (
     compromises_at,
     draw_table,
     fastest_few,
+    fields_of,
     layers,
     main,
     read_runs,
@@ -196,7 +196,8 @@ def test_runs_read_back_as_they_were_written(tmp_path):
 
 def test_runs_that_cannot_be_read_are_named(tmp_path):
     path = tmp_path / "tune.json"
-    for text in ("{", "[]", '{"schedules": [], "runs": [{}]}'):
+    points = json.dumps(ORIGIN)[:-1] + ', "points": [[1, 2, 3, []]]}'
+    for text in ("{", "[]", '{"schedules": [], "runs": [{}]}', f'{{"schedules": [], "runs": [{points}]}}'):
         path.write_text(text)
         with pytest.raises(ValueError, match=r"tune\.json holds no runs"):
             read_runs(path)
@@ -216,7 +217,7 @@ def test_a_batch_counts_for_the_row_that_serves_it_in_the_mean_of_all_runs():
 def test_rows_that_are_not_asked_for_lend_their_times_to_no_other():
     shape = (6144, 4096)
     run = {(*shape, 777): {FAST: 0.5, SLOW: 1.0}, (*shape, 1024): {FAST: 1.0, SLOW: 0.9}}
-    assert draw_table([(ORIGIN, run)], [("llama-3-8b", 1)], [1024]) == {shape: {1024: _fields(SLOW)}}
+    assert draw_table([(ORIGIN, run)], [("llama-3-8b", 1)], [1024]) == {shape: {1024: fields_of(SLOW)}}
 
 
 def test_a_table_is_drawn_from_runs_without_a_gpu(tmp_path, monkeypatch, capsys):
@@ -231,7 +232,7 @@ def test_a_table_is_drawn_from_runs_without_a_gpu(tmp_path, monkeypatch, capsys)
     assert main(call) == 0
     assert (tmp_path / "this-one.json").read_text() == text
     assert json.loads(text)["commit"] == "abc, def"
-    assert tuned.find("this one", 6144, 4096, 1024) == _fields(wide)
+    assert tuned.find("this one", 6144, 4096, 1024) == fields_of(wide)
     tuned._table.cache_clear()
     with pytest.raises(SystemExit):
         main(["--runs", str(tmp_path / "none.json")])
