@@ -5,6 +5,7 @@ from itertools import product
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from kernels import tuned
 from kernels.matmul import (
@@ -38,6 +39,7 @@ from lab.tune import (
     shard,
     specialised_schedules,
     thin_schedules,
+    time_schedules,
     write_runs,
 )
 
@@ -55,6 +57,33 @@ def test_few_schedules_are_kept_where_they_cost_least():
     assert fastest_few(times, 3) == {1: FAST, 2: FAIR, 3: SLOW}
     assert fastest_few(times, 2) == {1: FAST, 2: SLOW, 3: SLOW}
     assert fastest_few(times, 1) == {1: SLOW, 2: SLOW, 3: SLOW}
+
+
+def test_a_candidate_with_other_bits_stops_the_search_before_it_is_timed(monkeypatch):
+    """One bit in one number is enough; without it the same call goes through."""
+    flipped, timed = [], []
+
+    def product_of(a, b, schedule):
+        c = a @ b
+        if schedule in flipped:
+            c.view(torch.int16)[1, 2] ^= 1
+        return c
+
+    def time(rings, preset):
+        timed.append(set(rings))
+        return {name: SimpleNamespace(median_ms=1.0 + (name == SLOW)) for name in rings}
+
+    randn = torch.randn
+    monkeypatch.setattr("lab.tune.torch.randn", lambda *shape, device, dtype: randn(*shape, dtype=dtype))
+    monkeypatch.setattr("lab.tune.matmul", product_of)
+    monkeypatch.setattr("lab.tune.time_graphs", time)
+    weights = [randn(8, 16, dtype=torch.bfloat16) for _ in range(2)]
+    assert time_schedules(4, weights, [FAST, SLOW]) == {FAST: 1.0, SLOW: 2.0}
+    timed.clear()
+    flipped.append(SLOW)
+    with pytest.raises(RuntimeError, match=r"is no schedule: 1 of 4 rows differ"):
+        time_schedules(4, weights, [FAST, SLOW])
+    assert not timed
 
 
 @pytest.mark.parametrize("m", TOKENS)
