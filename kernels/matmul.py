@@ -49,11 +49,10 @@ class MatmulSchedule:
     relay: specialised, and the last rounds are dealt out in equal shares of K steps: a tile that one program begins,
         another may finish. Where the plan has chunks, only together with ``split``.
     group_m: tiles of this many row blocks are visited together, so that they share weights in L2.
-    ragged: specialised and swapped, neither split nor in relay, and only one tile of a column has the tail: see
-        ``row_blocks``.
-    tail_m, tail_n: a specialised tile is ``block_m + tail_m`` high (if it is swapped) or ``block_n + tail_n`` wide
-        (if it is not), because a power of two often does not divide the work evenly among the SMs. A tail is the sum
-        of one or two powers of two.
+    tail_m, tail_n: a specialised tile may be ``block_m + tail_m`` high (if it is swapped) or ``block_n + tail_n``
+        wide (if it is not), because a power of two often does not divide the work evenly among the SMs. A tail is the
+        sum of one or two powers of two. As many tiles bear it as ``cut`` says; if sums leave through memory, because
+        of ``split`` or ``relay``, all do.
     registers: of a specialised tile with a tail: its left operand is loaded into registers once for all parts, not
         from shared memory for each.
     """
@@ -68,7 +67,6 @@ class MatmulSchedule:
     split: bool = False
     specialised: bool = False
     relay: bool = False
-    ragged: bool = False
     group_m: int = 8
     tail_m: int = 0
     tail_n: int = 0
@@ -86,19 +84,18 @@ class MatmulSchedule:
         """Rows and columns of ``c`` that one program computes at a time."""
         return self.block_m + self.tail_m, self.block_n + self.tail_n
 
-    def row_blocks(self, m: int) -> int:
-        """Into how many blocks ``m`` rows are cut.
+    def cut(self, m: int, n: int, sms: int = 132) -> tuple[int, int, int]:
+        """How ``m`` rows and ``n`` columns are cut: into how many row blocks, column blocks, and tails.
 
-        A ragged schedule cuts them into blocks of ``block_m`` while more than the tail remains. If something remains
-        then, one block computes that too. If not, the last block moves back inside the matrix, as all others do.
+        The side on which a tile may have a tail is cut into blocks without, and what remains of it is dealt out as
+        tails, to so many of these blocks. Few blocks that all bear one, many that bear none, or what lies between:
+        on ``sms`` multiprocessors, the busiest should have the least to multiply.
         """
-        if self.ragged:
-            return triton.cdiv(max(m - self.tail_m, 1), self.block_m)
-        return triton.cdiv(m, self.tile[0])
+        return _cut(self, m, n, sms)
 
-    def tiles(self, m: int, n: int) -> int:
+    def tiles(self, m: int, n: int, sms: int = 132) -> int:
         """How many tiles cover ``m`` rows and ``n`` columns."""
-        return self.row_blocks(m) * triton.cdiv(n, self.tile[1])
+        return math.prod(self.cut(m, n, sms)[:2])
 
     def fits(self, plan: MatmulPlan) -> bool:
         """Whether a thread has registers for the sums of this tile: twice as many where chunks are added up in turn.
@@ -125,6 +122,40 @@ def _clocks(width: int, from_registers: bool) -> float:
     return max(width / 2, 16) + 1 if from_registers else max(width / 2, 16 + width / 4)
 
 
+def _step_clocks(schedule: MatmulSchedule, parts: tuple[int, ...]) -> float:
+    """Clocks that ``parts`` of a specialised tile's right side take for 16 elements along K.
+
+    To multiply, or until L2 has delivered: 84 bytes a clock.
+    """
+    left = schedule.block_n if schedule.swap else schedule.block_m
+    from_registers = schedule.registers and len(parts) > 1
+    multiplied = left / 64 * sum(_clocks(width, from_registers) for width in parts)
+    return max(multiplied, (left + sum(parts)) * 32 / 84)
+
+
+@lru_cache(maxsize=65536)
+def _cut(schedule: MatmulSchedule, m: int, n: int, sms: int) -> tuple[int, int, int]:
+    """``MatmulSchedule.cut``."""
+    rows, columns = schedule.tile
+    tail = schedule.tail_m or schedule.tail_n
+    if not tail or schedule.split or schedule.relay:
+        blocks_m, blocks_n = triton.cdiv(m, rows), triton.cdiv(n, columns)
+        return blocks_m, blocks_n, bool(tail) * (blocks_m if schedule.swap else blocks_n)
+    width, *_ = parts = schedule.parts
+    size, across = (m, triton.cdiv(n, columns)) if schedule.swap else (n, triton.cdiv(m, rows))
+    plain = _step_clocks(schedule, parts[:1])
+    more = _step_clocks(schedule, parts) - plain
+
+    def cost(blocks: int) -> tuple[float, int]:
+        rounds = triton.cdiv(blocks * across, sms)
+        met = triton.cdiv(rounds * triton.cdiv(max(size - blocks * width, 0), tail), blocks)
+        return rounds * plain + met * more, blocks
+
+    blocks = min(range(triton.cdiv(size, width + tail), triton.cdiv(size, width) + 1), key=cost)
+    tails = triton.cdiv(max(size - blocks * width, 0), tail)
+    return (blocks, across, tails) if schedule.swap else (across, blocks, tails)
+
+
 # Schedules for many rows, each with its share of the tensor cores' rate while all SMs are busy (H200, bf16).
 PERSISTENT_TILES = (
     (MatmulSchedule(64, 64, 128, 4, 6, swap=True, persistent=True), 0.50),
@@ -139,6 +170,9 @@ PERSISTENT_TILES = (
 SHARED_BYTES = 227 * 1024
 """Shared memory that one program may have on Hopper."""
 
+THIN = 32
+"""Up to this many rows the weight's bytes are all the cost, and its tile goes left."""
+
 
 def specialised_schedule(
     left: int,
@@ -148,25 +182,25 @@ def specialised_schedule(
     swap: bool = False,
     split: bool = False,
     relay: bool = False,
-    ragged: bool = False,
     block_k: int | None = None,
 ) -> MatmulSchedule | None:
     """The specialised schedule of a tile, its pipeline as deep as shared memory allows; ``None`` if under 3 steps.
 
     Args:
         left, right, tail: its sides as ``wgmma`` sees them: ``left`` a multiple of 64; ``right`` a power of two and
-            ``tail`` the sum of up to two smaller ones (of one, if ``ragged``), from 8. The weight is the left operand
-            if ``swap``, else the tokens are.
-        block_k: length of a step along K; by default 128, for large tiles 64.
+            ``tail`` the sum of up to two not larger ones, from 8. The weight is the left operand if ``swap``, else
+            the tokens are.
+        block_k: length of a step along K; by default 128, for large tiles 64: two steps are always being multiplied,
+            and the fewer bytes they hold, the more are under way.
     """
     if block_k is None:
-        block_k = 128 if (left + right + tail) <= 192 else 64
-    room = SHARED_BYTES - 1024 - 2 * left * (right + tail)
+        block_k = 128 if left + right + tail <= 144 or right + tail <= THIN else 64
+    room = SHARED_BYTES - 1024 - 2 * left * right  # one part of the result waits there to be stored
     stages = min(room // (2 * block_k * (left + right + tail)), 12)
     if stages < 3:
         return None
     warps = 4 if left == 64 else 8
-    options = {"specialised": True, "split": split, "relay": relay, "ragged": ragged}
+    options = {"specialised": True, "split": split, "relay": relay}
     # On an H200 registers pay for two warpgroups. For one alone they win with some tiles and lose with others.
     options["registers"] = warps == 8 and tail > 0
     if swap:
@@ -179,7 +213,7 @@ COMMON_TILES += ((128, 128, 64), (128, 256, 0))
 """Left, right and tail of the specialised tiles that serve most shapes: a model should not need many variants."""
 
 SPECIALISED = tuple(specialised_schedule(*tile, split=split) for split in (False, True) for tile in COMMON_TILES)
-SPECIALISED += tuple(specialised_schedule(64, right, 16, swap=True, ragged=True) for right in (128, 256))
+SPECIALISED += tuple(specialised_schedule(64, right, 16, swap=True) for right in (128, 256))
 SPECIALISED += (specialised_schedule(64, 256, 64),)
 
 
@@ -187,35 +221,24 @@ def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms:
     """Microseconds that a specialised schedule should take on an H200; on another Hopper the order should be alike.
 
     A tile is a left side in blocks of 64 by a right side in one to three parts, of which each takes its ``_clocks``
-    for 16 elements along K: that is why a tail costs more than its width. L2 delivers 84 bytes a clock. Sums in fp32
-    travel at 16. The clock is that of tensor cores under load, 1450 MHz: a chip that multiplies without pause slows
-    down. All that overlaps with the bytes from memory, but not quite.
+    for 16 elements along K: that is why a tail costs more than its width. Sums in fp32 travel at 16 bytes a clock.
+    The clock is that of tensor cores under load, 1450 MHz: a chip that multiplies without pause slows down. All that
+    overlaps with the bytes from memory, but not quite.
     """
     rows, columns = schedule.tile
     left, wide = (columns, rows) if schedule.swap else (rows, columns)
-
-    def step(parts: tuple[int, ...]) -> float:
-        from_registers = schedule.registers and len(parts) > 1
-        multiplied = left / 64 * sum(_clocks(width, from_registers) for width in parts)
-        return max(multiplied, (left + sum(parts)) * 32 / 84)
-
-    plain, heavy = step(schedule.parts[:1]), step(schedule.parts)
+    plain, heavy = _step_clocks(schedule, schedule.parts[:1]), _step_clocks(schedule, schedule.parts)
     chunks = plan.chunks if schedule.split else 1
-    jobs = schedule.tiles(m, n) * chunks
+    *blocks, tails = schedule.cut(m, n, sms)
+    jobs = math.prod(blocks) * chunks
     handed_over = schedule.relay and jobs > sms
     rounds = jobs / sms if handed_over else triton.cdiv(jobs, sms)
-    tails = rounds
-    if schedule.ragged:  # if there are any, a program meets one in as many rounds as a column has tiles
-        blocks = schedule.row_blocks(m)
-        tails = triton.cdiv(rounds, blocks) * (m > blocks * schedule.block_m)
+    met = rounds * tails / blocks[0 if schedule.swap else 1]
+    tails = met if handed_over else math.ceil(met)
     busy = (rounds * plain + tails * (heavy - plain)) * plan.k / chunks / 16 + rounds * left * wide / 32
     busy += left * wide / 4 * (2 * handed_over + (rounds + chunks) * (chunks > 1))  # sums written, and read again
     bills = busy / 1450, 2 * (m * plan.k + n * plan.k + m * n) / 4.2e6
     return max(bills) + min(bills) / 4 + 2 + 2 * (chunks > 1)
-
-
-THIN = 32
-"""Up to this many rows the weight's bytes are all the cost, and its tile goes left."""
 
 
 def thin_schedule(block_m: int, block_n: int, block_k: int, *, split: bool = False) -> MatmulSchedule | None:
@@ -760,10 +783,6 @@ def check_schedule(schedule: MatmulSchedule, plan: MatmulPlan) -> None:
         raise ValueError(f"schedule={schedule} has a tile of {len(parts)} parts, {parts}: three are the most")
     if schedule.relay and plan.chunks > 1 and not schedule.split:
         raise ValueError(f"schedule={schedule} hands over one sum, and {plan} has several: split them")
-    if schedule.ragged and (schedule.split or schedule.relay or not schedule.swap):
-        raise ValueError(f"schedule={schedule} is ragged, so it must be swapped, and neither split nor in relay")
-    if schedule.ragged and len(parts) != 2:
-        raise ValueError(f"schedule={schedule} is ragged, so its tail must be one power of two, got parts {parts}")
 
 
 def _product(a, b, bias, alpha, beta, precision, out_dtype, out, schedule, bias_name: str) -> torch.Tensor:
@@ -874,8 +893,8 @@ def _launch(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: MatmulSchedu
     if not (schedule.persistent or schedule.specialised):
         _launch_pointers(a[None], b[None], bias, alpha, beta, c[None], plan, schedule)
         return
-    tiles = schedule.tiles(m, n)
     sms = sm_count(a.device)
+    tiles = schedule.tiles(m, n, sms)
     options, sizes = _options(plan, schedule, bias), (m, n, k, plan.chunk_k)
     bias = None if bias is None else bias[0].contiguous()
     if schedule.specialised:
@@ -884,15 +903,16 @@ def _launch(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: MatmulSchedu
         partial, counters = None, None
         if schedule.split or schedule.relay:
             programs = min(sms, tiles * (plan.chunks if schedule.split else 1))
-            sums, count = matmul_hopper.scratch(m, n, plan, schedule, programs)
+            sums, count = matmul_hopper.scratch(tiles, plan, schedule, programs)
             counters = finished_counters(count, a.device)
             if counters is None:
                 schedule = replace(schedule, split=False, relay=False)
             else:
                 partial = scratch(sums, a.device)
+        cut = schedule.cut(m, n, sms)
         if counters is None:
-            programs = min(sms, tiles)
-        matmul_hopper.launch(a, b, bias, c, plan, schedule, programs, partial, counters)
+            programs = min(sms, cut[0] * cut[1])
+        matmul_hopper.launch(a, b, bias, c, plan, schedule, cut, programs, partial, counters)
         return
     a_desc, options["A_K_MAJOR"] = _descriptor(a, (schedule.block_m, schedule.block_k))
     b_desc, b_n_major = _descriptor(b, (schedule.block_k, schedule.block_n))

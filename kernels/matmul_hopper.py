@@ -9,8 +9,8 @@ The plan is ``kernels/matmul.py``'s and so are the bits; only the schedule is fi
   powers of two; with a width of 192 an output of 6144 columns and 512 rows is exactly one round of work for 128 of
   an H200's 132 SMs, where 128 leaves half of the second round idle and 256 a quarter of the only one. Swapped, the
   tokens are the right operand, and 777 of them are five times 160. What comes after the first part is the *tail*.
-* If *ragged*, only one tile of each column of tiles has the tail: 777 tokens are three times 256, and 9 more that any
-  of the three can take along. It is another one from round to round, so that no program meets all the tails.
+* Tails are *dealt out*, one to each tile, to some or to none: 777 tokens are also three times 256, and 9 more that
+  any of the three tiles can take along. It is another one from round to round, so that no program meets all of them.
 * With *registers* the left operand is read from shared memory once for all parts, not once for each. On an H200 that
   pays where two warpgroups share an SM's bandwidth, each with a left side of its own.
 * A *relay* leaves no SM idle in the last round: what remains is dealt out in equal shares of K steps, so that some
@@ -53,14 +53,17 @@ wait_for_all_threads = gl.barrier if hasattr(gl, "barrier") else gl.thread_barri
 @gluon.jit
 def tile_start(tile, M, N, TILE_M: gl.constexpr, TILE_N: gl.constexpr, GROUP_M: gl.constexpr):
     """First row and first column of a tile, as ``tile_of`` and ``start_of`` in ``kernels/matmul.py`` give them."""
-    blocks_m = (M + TILE_M - 1) // TILE_M
-    blocks_n = (N + TILE_N - 1) // TILE_N
+    block_m, block_n = _block(tile, (M + TILE_M - 1) // TILE_M, (N + TILE_N - 1) // TILE_N, GROUP_M)
+    return min(block_m * TILE_M, max(M - TILE_M, 0)), min(block_n * TILE_N, max(N - TILE_N, 0))
+
+
+@gluon.jit
+def _block(tile, blocks_m, blocks_n, GROUP_M: gl.constexpr):
+    """Row and column block of a tile: down GROUP_M row blocks, then one column block across."""
     first_m = tile // (GROUP_M * blocks_n) * GROUP_M
     group = min(blocks_m - first_m, GROUP_M)
     inside = tile % (GROUP_M * blocks_n)
-    start_m = (first_m + inside % group) * TILE_M
-    start_n = inside // group * TILE_N
-    return min(start_m, max(M - TILE_M, 0)), min(start_n, max(N - TILE_N, 0))
+    return first_m + inside % group, inside // group
 
 
 @gluon.jit
@@ -129,79 +132,62 @@ def _stretch(job, first, last, K, chunk_k, CHUNKS: gl.constexpr, SPLIT: gl.const
 
 
 @gluon.jit
-def _row_blocks(M, RIGHT: gl.constexpr, TAIL: gl.constexpr):
-    """Into how many blocks M rows are cut if RAGGED, as ``row_blocks`` in ``kernels/matmul.py`` has it."""
-    return (max(M - TAIL, 1) + RIGHT - 1) // RIGHT
-
-
-@gluon.jit
-def _jobs_and_steps(
-    M, N, K, chunk_k,
-    CHUNKS: gl.constexpr, SPLIT: gl.constexpr, SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr,
-    TAIL: gl.constexpr, REST: gl.constexpr, RAGGED: gl.constexpr, BLOCK_K: gl.constexpr,
-):  # fmt: skip
+def _jobs_and_steps(blocks_m, blocks_n, K, chunk_k, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, BLOCK_K: gl.constexpr):
     """Jobs of the launch (tiles, or chunks of tiles), and the K steps of each."""
-    WIDE: gl.constexpr = RIGHT + TAIL + REST
-    TILE_M: gl.constexpr = WIDE if SWAP else LEFT
-    TILE_N: gl.constexpr = LEFT if SWAP else WIDE
-    blocks_m = (M + TILE_M - 1) // TILE_M
-    if RAGGED:
-        blocks_m = _row_blocks(M, RIGHT, TAIL)
-    tiles = blocks_m * ((N + TILE_N - 1) // TILE_N)
     if SPLIT:
-        return tiles * CHUNKS, (min(chunk_k, K) + BLOCK_K - 1) // BLOCK_K
+        return blocks_m * blocks_n * CHUNKS, (min(chunk_k, K) + BLOCK_K - 1) // BLOCK_K
     else:
-        return tiles, (K + BLOCK_K - 1) // BLOCK_K
+        return blocks_m * blocks_n, (K + BLOCK_K - 1) // BLOCK_K
 
 
 @gluon.jit
 def _place(
-    tile, M, N,
-    SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr,
-    RAGGED: gl.constexpr, GROUP_M: gl.constexpr,
+    tile, M, N, blocks_m, blocks_n, tails,
+    DEALT: gl.constexpr, SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr,
+    REST: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     """Where a tile begins on the left operand's side, where each part does on the right one's, and whether it has its
-    tail, which only matters if RAGGED.
+    tail, which only matters if DEALT.
     """
-    if RAGGED:
-        blocks = _row_blocks(M, RIGHT, TAIL)
-        column = tile // blocks
-        bearer = column * blocks // gl.num_programs(0) % blocks  # of the tail: another one from round to round
-        start = min(tile % blocks * RIGHT, max(M - RIGHT, 0))
-        tailed = (blocks * RIGHT < M) & (tile % blocks == bearer)
-        return min(column * LEFT, max(N - LEFT, 0)), (start, M - TAIL), tailed
+    block_m, block_n = _block(tile, blocks_m, blocks_n, GROUP_M)
+    block, size, others = (block_m, M, block_n * LEFT) if SWAP else (block_n, N, block_m * LEFT)
+    start_left = min(others, max((N if SWAP else M) - LEFT, 0))
+    if DEALT:
+        # Those that follow the block number `turn` in its line have a tail: another one from round to round.
+        line = block_n * min(blocks_m, GROUP_M) if SWAP else block_m // GROUP_M * GROUP_M * blocks_n
+        blocks = blocks_m if SWAP else blocks_n
+        after = (block + blocks - line // gl.num_programs(0) % blocks) % blocks
+        tail = min(blocks * RIGHT + after * (TAIL + REST), max(size - TAIL - REST, 0))
+        return start_left, (min(block * RIGHT, max(size - RIGHT, 0)), tail, tail + TAIL), after < tails
     else:
-        WIDE: gl.constexpr = RIGHT + TAIL + REST
-        TILE_M: gl.constexpr = WIDE if SWAP else LEFT
-        TILE_N: gl.constexpr = LEFT if SWAP else WIDE
-        start_m, start_n = tile_start(tile, M, N, TILE_M, TILE_N, GROUP_M)
-        start = start_m if SWAP else start_n
-        starts = (start, start + RIGHT, start + RIGHT + TAIL)
-        return start_n if SWAP else start_m, starts, tile >= 0
+        start = min(block * (RIGHT + TAIL + REST), max(size - RIGHT - TAIL - REST, 0))
+        return start_left, (start, start + RIGHT, start + RIGHT + TAIL), tile >= 0
 
 
 @gluon.jit
 def _produce(
-    left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k,
-    CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, SWAP: gl.constexpr, LEFT: gl.constexpr,
-    RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, RAGGED: gl.constexpr, BLOCK_K: gl.constexpr,
+    left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k, blocks_m, blocks_n, tails,
+    CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, DEALT: gl.constexpr, SWAP: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr,
 ):  # fmt: skip
     BYTES: gl.constexpr = (LEFT + RIGHT) * BLOCK_K * 2
     TAIL_BYTES: gl.constexpr = (TAIL + REST) * BLOCK_K * 2
-    jobs, steps = _jobs_and_steps(M, N, K, chunk_k, CHUNKS, SPLIT, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED, BLOCK_K)
+    jobs, steps = _jobs_and_steps(blocks_m, blocks_n, K, chunk_k, CHUNKS, SPLIT, BLOCK_K)
     turn, rounds, begin, end = _shares(jobs, steps, RELAY)
     step = 0
     for index in range(_pieces(rounds, begin, end, steps, RELAY)):
         job, first, last = _piece(index, turn, rounds, begin, end, steps, RELAY)
         tile, _chunk, start_k, end_k = _stretch(job, first, last, K, chunk_k, CHUNKS, SPLIT, BLOCK_K)
-        start_left, starts, tailed = _place(tile, M, N, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED, GROUP_M)
+        start_left, starts, tailed = _place(
+            tile, M, N, blocks_m, blocks_n, tails, DEALT, SWAP, LEFT, RIGHT, TAIL, REST, GROUP_M
+        )
         for k in range(start_k, end_k, BLOCK_K):
             slot = step % STAGES
             # A fresh barrier counts as having completed the phase before its first: the first lap does not wait.
             mbarrier.wait(empty.index(slot), (step // STAGES + 1) & 1)
             arrived = full.index(slot)
-            if RAGGED:
+            if DEALT:
                 if tailed:
                     mbarrier.expect(arrived, BYTES + TAIL_BYTES)
                 else:
@@ -213,7 +199,7 @@ def _produce(
             for part in gl.static_range(1, len(right_rings)):
                 tma.async_copy_global_to_shared(
                     right_descs[part], [starts[part], k], arrived, right_rings[part].index(slot),
-                    pred=tailed if RAGGED else True,
+                    pred=tailed if DEALT else True,
                 )  # fmt: skip
             step += 1
 
@@ -382,7 +368,10 @@ def _all_but(newest: gl.constexpr, accs):
 @gluon.jit
 def _store(descs, staging, sums, bias_ptr, start_left, starts, N, HAS_BIAS: gl.constexpr, SWAP: gl.constexpr,
            BEGIN: gl.constexpr, END: gl.constexpr):  # fmt: skip
-    """Add the bias in fp32, round once, and let TMA store what of the parts BEGIN to END lies inside the matrix."""
+    """Add the bias in fp32, round once, and let TMA store what of the parts BEGIN to END lies inside the matrix.
+
+    One part after another goes through the staging buffer: room for all of them would cost a stage of the ring.
+    """
     ALONG: gl.constexpr = 0 if SWAP else 1  # the weight's side
     for part in gl.static_range(BEGIN, END):
         total = sums[part]
@@ -392,26 +381,32 @@ def _store(descs, staging, sums, bias_ptr, start_left, starts, N, HAS_BIAS: gl.c
             offs = start_n + gl.arange(0, total.shape[ALONG], layout=gl.SliceLayout(1 - ALONG, total.type.layout))
             bias = gl.load(bias_ptr + offs, mask=offs < N, other=0.0).to(gl.float32)
             total += gl.expand_dims(bias, 1 - ALONG)
+        desc = descs[part]
+        buffer = staging
+        if part > 0:
+            buffer = staging._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+        tma.store_wait(0)  # the part before may still be on its way out
         if SWAP:
-            staging[part].permute((1, 0)).store(total.to(descs[part].dtype))
+            buffer.permute((1, 0)).store(total.to(desc.dtype))
         else:
-            staging[part].store(total.to(descs[part].dtype))
+            buffer.store(total.to(desc.dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(descs[part], [start_m, start_n], staging[part])
+        tma.async_copy_shared_to_global(desc, [start_m, start_n], buffer)
 
 
 @gluon.jit
 def _consume(
     c_descs, bias_ptr, partial_ptr, done_ptr, left_ring, right_rings, staging, full, empty, M, N, K, chunk_k,
-    HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, SWAP: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, RAGGED: gl.constexpr,
+    blocks_m, blocks_n, tails,
+    HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, DEALT: gl.constexpr,
+    SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr,
     REGISTERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
     NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = len(right_rings)
     TILE: gl.constexpr = LEFT * (RIGHT + TAIL + REST)
     TURNS: gl.constexpr = 1 if SPLIT else CHUNKS
-    jobs, steps = _jobs_and_steps(M, N, K, chunk_k, CHUNKS, SPLIT, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED, BLOCK_K)
+    jobs, steps = _jobs_and_steps(blocks_m, blocks_n, K, chunk_k, CHUNKS, SPLIT, BLOCK_K)
     turn, rounds, begin, end = _shares(jobs, steps, RELAY)
     relay_ptr = partial_ptr  # of sums handed over; the sums of chunks lie behind them
     chunk_ptr = partial_ptr
@@ -421,7 +416,9 @@ def _consume(
     for index in range(_pieces(rounds, begin, end, steps, RELAY)):
         job, first, last = _piece(index, turn, rounds, begin, end, steps, RELAY)
         tile, chunk, start_k, end_k = _stretch(job, first, last, K, chunk_k, CHUNKS, SPLIT, BLOCK_K)
-        start_left, starts, tailed = _place(tile, M, N, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED, GROUP_M)
+        start_left, starts, tailed = _place(
+            tile, M, N, blocks_m, blocks_n, tails, DEALT, SWAP, LEFT, RIGHT, TAIL, REST, GROUP_M
+        )
         for in_turn in gl.static_range(TURNS):
             accs = _nothing(LEFT, RIGHT, TAIL, REST, NUM_WARPS)
             if RELAY:
@@ -436,21 +433,17 @@ def _consume(
             if TURNS > 1:
                 start_k = in_turn * chunk_k
                 end_k = min(start_k + chunk_k, K)
-            if RAGGED:
+            if DEALT:
                 # Two loops, each of which waits for its own: ptxas keeps wgmma in flight across no branch.
-                acc, tail = accs
                 if tailed:
                     accs, step = _multiply_parts(
-                        (acc, tail), step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES,
-                        REGISTERS,
-                    )  # fmt: skip
-                    acc, tail = accs
-                else:
-                    one, step = multiply(
-                        (acc,), step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
+                        accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES, REGISTERS
                     )
-                    acc = one[0]
-                accs = (acc, tail)
+                else:
+                    first_part, step = multiply(
+                        accs[:1], step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
+                    )
+                    accs = first_part + accs[1:]
             else:
                 accs, step = _multiply_parts(
                     accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES, REGISTERS
@@ -472,16 +465,14 @@ def _consume(
                 wait_for_all_threads()
                 count_ptr = done_ptr + RELAY * gl.num_programs(0) + tile
                 if gl.atomic_add(count_ptr, 1, sem="acq_rel") == CHUNKS - 1:  # the last one finds all sums there
-                    tma.store_wait(0)
                     totals = _pick_up(first_ptr, totals)
                     for later in gl.static_range(1, CHUNKS):
                         totals = _plus(totals, _pick_up(first_ptr + later * TILE, totals))
                     _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, 0, PARTS)
                     gl.store(count_ptr, 0)
         elif complete:
-            tma.store_wait(0)  # the tile before may still be on its way out of the staging buffer
             _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, 0, 1)
-            if RAGGED:
+            if DEALT:
                 if tailed:
                     _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, 1, PARTS)
             else:
@@ -489,26 +480,25 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M"])
+@gluon.jit(do_not_specialize=["M", "blocks_m", "blocks_n", "tails"])
 def _matmul_specialised_kernel(
     left_desc, right_desc, tail_desc, rest_desc, c_desc, c_tail_desc, c_rest_desc, bias_ptr, partial_ptr, done_ptr,
-    M, N, K, chunk_k,
+    M, N, K, chunk_k, blocks_m, blocks_n, tails,
     HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, SWAP: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, RAGGED: gl.constexpr,
-    REGISTERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
-    num_warps: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, REGISTERS: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = 1 + (TAIL > 0) + (REST > 0)
+    DEALT: gl.constexpr = TAIL > 0 and not (SPLIT or RELAY)
     right_descs = (right_desc, tail_desc, rest_desc)[:PARTS]  # the others are None
     c_descs = (c_desc, c_tail_desc, c_rest_desc)[:PARTS]
     left_ring = gl.allocate_shared_memory(left_desc.dtype, [STAGES, LEFT, BLOCK_K], left_desc.layout)
     right_rings = gl.tuple([])
-    staging = gl.tuple([])
     for part in gl.static_range(PARTS):
-        desc, c = right_descs[part], c_descs[part]
+        desc = right_descs[part]
         ring = gl.allocate_shared_memory(desc.dtype, [STAGES, desc.block_type.shape[0], BLOCK_K], desc.layout)
         right_rings = right_rings + (ring,)  # noqa: RUF005 (Gluon does not unpack)
-        staging = staging + (gl.allocate_shared_memory(c.dtype, c.block_type.shape, c.layout),)  # noqa: RUF005
+    staging = gl.allocate_shared_memory(c_desc.dtype, c_desc.block_type.shape, c_desc.layout)  # of the widest part
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -520,10 +510,11 @@ def _matmul_specialised_kernel(
     gl.warp_specialize(
         [
             (_consume, (c_descs, bias_ptr, partial_ptr, done_ptr, left_ring, right_rings, staging, full, empty,
-                        M, N, K, chunk_k, HAS_BIAS, CHUNKS, SPLIT, RELAY, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED,
-                        REGISTERS, BLOCK_K, STAGES, GROUP_M, num_warps)),
-            (_produce, (left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k, CHUNKS, SPLIT,
-                        RELAY, SWAP, LEFT, RIGHT, TAIL, REST, RAGGED, BLOCK_K, STAGES, GROUP_M)),
+                        M, N, K, chunk_k, blocks_m, blocks_n, tails, HAS_BIAS, CHUNKS, SPLIT, RELAY, DEALT, SWAP,
+                        LEFT, RIGHT, TAIL, REST, REGISTERS, BLOCK_K, STAGES, GROUP_M, num_warps)),
+            (_produce, (left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k, blocks_m,
+                        blocks_n, tails, CHUNKS, SPLIT, RELAY, DEALT, SWAP, LEFT, RIGHT, TAIL, REST, BLOCK_K, STAGES,
+                        GROUP_M)),
         ],
         [1],  # warps of the producer
         [40],  # registers a thread of it; the consumers take what it leaves
@@ -543,6 +534,7 @@ def launch(
     c: torch.Tensor,
     plan,
     schedule,
+    cut: tuple[int, int, int],
     programs: int,
     partial: torch.Tensor | None = None,
     counters: torch.Tensor | None = None,
@@ -550,8 +542,8 @@ def launch(
     """Fill ``c`` (M, N) with ``a @ b + bias``; ``a`` (M, K), ``b.t()`` (N, K) have their K elements side by side.
 
     ``bias`` is ``None`` or (N,), contiguous. ``plan`` is a ``MatmulPlan``, ``schedule`` a ``MatmulSchedule`` with
-    ``specialised`` set, ``programs`` the grid. A schedule that splits or relays needs room for partial sums and
-    zeroed counters, as ``scratch`` says.
+    ``specialised`` set, ``cut`` what it makes of M and N, ``programs`` the grid. A schedule that splits or relays
+    needs room for partial sums and zeroed counters, as ``scratch`` says.
     """
     (m, k), n = a.shape, b.shape[1]
     s, weight = schedule, b.t()
@@ -570,6 +562,7 @@ def launch(
         n,
         k,
         plan.chunk_k,
+        *cut,
         HAS_BIAS=bias is not None,
         CHUNKS=plan.chunks,
         SPLIT=s.split,
@@ -579,7 +572,6 @@ def launch(
         RIGHT=parts[0],
         TAIL=parts[1],
         REST=parts[2],
-        RAGGED=s.ragged,
         REGISTERS=s.registers,
         BLOCK_K=s.block_k,
         STAGES=s.num_stages,
@@ -588,8 +580,7 @@ def launch(
     )
 
 
-def scratch(m: int, n: int, plan, schedule, programs: int) -> tuple[int, int]:
+def scratch(tiles: int, plan, schedule, programs: int) -> tuple[int, int]:
     """How many fp32 sums and how many counters a launch needs room for: of relays first, then of chunks."""
-    tiles = schedule.tiles(m, n)
     sums = programs * schedule.relay + tiles * plan.chunks * schedule.split
     return sums * math.prod(schedule.tile), programs * schedule.relay + tiles * schedule.split

@@ -6,8 +6,8 @@ Every candidate is first held bit by bit against the plan as another kernel comp
 schedule, and stops the search. So tuning can change how long a result takes and nothing else.
 
 Two GPUs of one name differ by some per cent, and so do two runs on one. So every run is kept, in
-``data/<gpu>/tune.json``, and the table is drawn from the mean over all of them. (Runs of kernels that are no longer
-the same do not belong into that mean: put the file away first.) Without measuring, on any machine:
+``data/<gpu>/tune.json``, and the table is drawn from all of them. (Runs of kernels that are no longer the same do not
+belong there: put the file away first.) Without measuring, on any machine:
 
     python -m lab.tune --runs data/nvidia-h200/tune.json
 """
@@ -75,9 +75,13 @@ WORST = 16
 """The higher this power, the more many fast points count for less than one left slow."""
 HOPELESS = 1.5
 """A compromise whose estimate is so many times the best one's is not tried."""
+SPREAD = 0.03
+"""How far one measured time is likely to be off, as a share. Among many, the best of one measurement each is a lucky
+one; this much over the root of the number of measurements is added before any are compared.
+"""
 UNTRIED = 100.0
 """What a variant that was not tried at a point counts for there, in times of the yardstick: anything is better."""
-TOKENS = (8, 16, 32, 64, 100, 128, 192, 256, 384, 512, 640, 777, 1024, 1536, 2048, 4096, 8192)
+TOKENS = (8, 16, 32, 64, 100, 128, 192, 256, 384, 512, 777, 1024, 2048, 4096, 8192)
 """Batches that are tuned; one in between runs as the next larger one does, so they lie close where tiles are few."""
 
 Variant = tuple[int, MatmulSchedule]
@@ -116,10 +120,8 @@ def thin_schedules(m: int, plan: MatmulPlan) -> Iterator[MatmulSchedule]:
 
 WIDTHS = ((16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32))
 WIDTHS += ((64, 48), (128, 0), (128, 16), (128, 32), (128, 48), (128, 64), (128, 80), (128, 96))
-WIDTHS += ((256, 0), (256, 32), (256, 64))
+WIDTHS += ((128, 128), (256, 0), (256, 16), (256, 32), (256, 64))
 """Right sides of a specialised tile, and their tails."""
-RAGGED_WIDTHS = ((128, 16), (128, 32), (256, 16), (256, 32))
-"""The same of a ragged one."""
 
 
 def specialised_schedules(plan: MatmulPlan) -> Iterator[MatmulSchedule]:
@@ -130,10 +132,6 @@ def specialised_schedules(plan: MatmulPlan) -> Iterator[MatmulSchedule]:
             found = specialised_schedule(left, right, tail, swap=swap, split=split, relay=relay)
             if found is not None and found.fits(plan):
                 yield found
-    for left, (right, tail) in product((64, 128), RAGGED_WIDTHS):
-        found = specialised_schedule(left, right, tail, swap=True, ragged=True)
-        if found is not None and found.fits(plan):
-            yield found
 
 
 def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 6) -> list[MatmulSchedule]:
@@ -171,16 +169,19 @@ def reference_schedule(m: int) -> MatmulSchedule:
 def time_schedules(m: int, weights: list[torch.Tensor], schedules: Iterable[MatmulSchedule]) -> dict:
     """Time of every schedule in bf16 over that of ``torch.mm``, on ``weights`` (n, k) that rotate and so are cold.
 
-    All are timed briefly, then the ``FINALISTS`` fastest again and for longer.
+    All are timed briefly, then the ``FINALISTS`` fastest again and for longer. The reference takes its turns among
+    them: in the company of fast kernels alone the chip lowers its clock further than a model's pass makes it do, and
+    that flatters schedules which do not wait for the tensor cores.
 
     Raises:
         RuntimeError: a schedule's bits differ from the plan's.
     """
     n, k = weights[0].shape
     rows = [torch.randn(m, k, device="cuda", dtype=torch.bfloat16) for _ in weights]
-    want = matmul(rows[0], weights[0].t(), schedule=reference_schedule(m))
+    reference = reference_schedule(m)
+    want = matmul(rows[0], weights[0].t(), schedule=reference)
     rings = {None: [partial(torch.mm, a, w.t()) for a, w in zip(rows, weights, strict=True)]}
-    for schedule in schedules:
+    for schedule in (reference, *schedules):
         got = matmul(rows[0], weights[0].t(), schedule=schedule)
         if not check.same_bits(got, want):
             raise RuntimeError(f"{schedule} at m={m}, n={n}, k={k} is no schedule: {check.compare(got, want)}")
@@ -188,11 +189,11 @@ def time_schedules(m: int, weights: list[torch.Tensor], schedules: Iterable[Matm
 
     def timed(chosen: Iterable, measure_ms: int) -> dict[MatmulSchedule, float]:
         preset = replace(PRESETS["full"], warmup_ms=1, measure_ms=measure_ms)
-        times = time_graphs({schedule: rings[schedule] for schedule in (None, *chosen)}, preset)
+        times = time_graphs({schedule: rings[schedule] for schedule in (None, reference, *chosen)}, preset)
         yardstick = times.pop(None).median_ms
-        return {schedule: timing.median_ms / yardstick for schedule, timing in times.items()}
+        return {schedule: times[schedule].median_ms / yardstick for schedule in chosen}
 
-    times = timed(list(rings)[1:], 2)
+    times = timed(list(rings)[2:], 2)
     return times | timed(sorted(times, key=times.get)[:FINALISTS], 8)
 
 
@@ -330,8 +331,13 @@ def write_runs(path: Path, runs: list[tuple[dict, Times]]) -> None:
     write_atomically(path, f'{{"schedules": [\n  {schedules}\n ],\n "runs": [\n' + ",\n".join(texts) + "\n]}\n")
 
 
-def averaged(runs: Iterable[tuple[dict, Times]], tokens: Iterable[int]) -> dict[tuple, dict[Variant, float]]:
-    """Geometric means over all runs; a batch counts for the row of a table that serves it, the next of ``tokens``."""
+def averaged(
+    runs: Iterable[tuple[dict, Times]], tokens: Iterable[int], spread: float = 0.0
+) -> dict[tuple, dict[Variant, float]]:
+    """Geometric means over all runs, longer by ``spread`` over the root of the number of times that they are of.
+
+    A batch counts for the row of a table that serves it, the next of ``tokens``.
+    """
     rows = sorted(tokens)
     logs: dict[tuple, dict[Variant, list[float]]] = {}
     for _, times in runs:
@@ -341,7 +347,7 @@ def averaged(runs: Iterable[tuple[dict, Times]], tokens: Iterable[int]) -> dict[
                 for schedule, time in found.items():
                     known.setdefault((plan_matmul(n, k, 2).chunks, schedule), []).append(math.log(time))
     return {
-        point: {variant: math.exp(sum(all_of) / len(all_of)) for variant, all_of in known.items()}
+        point: {v: math.exp(sum(found) / len(found) + spread / len(found) ** 0.5) for v, found in known.items()}
         for point, known in logs.items()
     }
 
@@ -350,15 +356,16 @@ def draw_table(
     runs: list[tuple[dict, Times]], models: Iterable[tuple[str, int]], tokens: Iterable[int]
 ) -> dict[tuple[int, int], dict[int, dict]]:
     """What ``runs`` choose for (model, GPUs) in ``models``: shape to rows to fields of a schedule. Says how fast."""
-    means, table = averaged(runs, {*TOKENS, *tokens}), {}
+    rows, table = {*TOKENS, *tokens}, {}
+    means, cautious = averaged(runs, rows), averaged(runs, rows, SPREAD)
     for model, tp in models:
         shapes = layers(model, tp)
-        times = {point: found for point, found in means.items() if point[:2] in shapes and point[2] in tokens}
+        times = {point: found for point, found in cautious.items() if point[:2] in shapes and point[2] in tokens}
         chosen = choose_variants(times, tp)
         for (n, k, m), (_, schedule) in sorted(chosen.items()):
             table.setdefault((n, k), {})[m] = fields_of(schedule)
         if chosen:
-            speed = [1 / times[point][variant] for point, variant in chosen.items()]
+            speed = [1 / means[point][variant] for point, variant in chosen.items()]
             speeds = f"mean {geometric_mean(speed):.3f}, least {min(speed):.2f}"
             print(f"{model}, {tp} GPUs: torch.mm's time over ours, {speeds}")
     return table

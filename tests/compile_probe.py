@@ -119,9 +119,10 @@ def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
         else:
             absent |= {right: None, c: None}
     arguments |= {"M": "i32", "N": "i32", "K": "i32", "chunk_k": "i32", "bias_ptr": "*bf16"}
+    arguments |= {"blocks_m": "i32", "blocks_n": "i32", "tails": "i32"}
     constants = {"CHUNKS": plan.chunks, "HAS_BIAS": True, "SPLIT": s.split, "RELAY": s.relay, "SWAP": s.swap}
     constants |= {"LEFT": left, **parts, **absent, "BLOCK_K": s.block_k, "STAGES": s.num_stages}
-    constants |= {"RAGGED": s.ragged, "REGISTERS": s.registers, "GROUP_M": s.group_m, "num_warps": s.num_warps}
+    constants |= {"REGISTERS": s.registers, "GROUP_M": s.group_m, "num_warps": s.num_warps}
     if s.split or s.relay:
         arguments |= {"partial_ptr": "*fp32", "done_ptr": "*i32"}
     else:
@@ -351,10 +352,10 @@ def cases(target: str):
         plan = plan_matmul(n, 4096, 2)
         if schedule.fits(plan):
             chosen.add((schedule, plan, "bf16"))
-    for tile, ragged in (((64, 256, 16), True), ((64, 256, 64), False), ((128, 128, 80), False))[: 3 * wgmma]:
+    for *tile, swap in ((64, 256, 16, True), (64, 256, 64, False), (128, 128, 80, False))[: 3 * wgmma]:
         for n in (1280, 4096):
             plan = plan_matmul(n, 4096, 2)
-            schedule = matmul.specialised_schedule(*tile, swap=ragged, ragged=ragged)
+            schedule = matmul.specialised_schedule(*tile, swap=swap)
             if schedule.fits(plan):
                 chosen.add((schedule, plan, "bf16"))
     for (dtype, itemsize), m in itertools.product({"bf16": 2, "fp32": 4}.items(), (1, 16, 64, 512)):

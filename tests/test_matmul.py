@@ -5,7 +5,7 @@ bfloat16 needs one too, because the interpreter's dot is wrong there.
 """
 
 import inspect
-from collections import Counter, defaultdict
+from collections import defaultdict
 from dataclasses import replace
 from itertools import pairwise, product
 from types import SimpleNamespace
@@ -160,7 +160,7 @@ def hopper(monkeypatch):
     stand_in = SimpleNamespace(programs=1, at=0)
     stand_in.num_programs, stand_in.program_id = lambda axis: stand_in.programs, lambda axis: stand_in.at
     monkeypatch.setattr(module, "gl", stand_in)
-    for name in ("_shares", "_piece", "_pieces", "_row_blocks", "_jobs_and_steps", "_place", "tile_start"):
+    for name in ("_shares", "_piece", "_pieces", "_jobs_and_steps", "_place", "_block", "tile_start"):
         monkeypatch.setattr(module, name, getattr(module, name).fn)
     return module
 
@@ -201,12 +201,18 @@ def test_every_step_of_every_job_is_dealt_out_once(programs, relay, hopper):
         assert most == even if not relay else most <= min(even, -(-jobs * steps // programs) + 1)
 
 
-def ragged_tiles(hopper, m, n, schedule):
-    """What ``_place`` says of every tile of a ragged schedule."""
-    sides = {"SWAP": True, "LEFT": schedule.block_n, "RIGHT": schedule.block_m, "TAIL": schedule.tail_m, "REST": 0}
-    jobs, _ = hopper._jobs_and_steps(m, n, 640, 640, CHUNKS=1, SPLIT=False, **sides, RAGGED=True, BLOCK_K=64)
-    assert jobs == schedule.tiles(m, n)
-    return [hopper._place(tile, m, n, **sides, RAGGED=True, GROUP_M=8) for tile in range(jobs)]
+def placed(hopper, m, n, schedule, sms):
+    """What ``_place`` says of every tile of a specialised schedule, and how it is cut."""
+    cut = schedule.cut(m, n, sms)
+    split = {"CHUNKS": 2 if schedule.split else 1, "SPLIT": schedule.split}
+    jobs, _ = hopper._jobs_and_steps(*cut[:2], 640, 320, **split, BLOCK_K=64)
+    assert jobs == schedule.tiles(m, n, sms) * split["CHUNKS"]
+    hopper.gl.programs = min(jobs, sms)
+    sides = dict(zip(("RIGHT", "TAIL", "REST"), (*schedule.parts, 0, 0), strict=False))
+    sides |= {"SWAP": schedule.swap, "LEFT": schedule.block_n if schedule.swap else schedule.block_m}
+    dealt = len(schedule.parts) > 1 and not schedule.split
+    tiles = range(jobs // split["CHUNKS"])
+    return [hopper._place(tile, m, n, *cut, dealt, **sides, GROUP_M=schedule.group_m) for tile in tiles], cut
 
 
 def test_registers_are_for_two_warpgroups_and_several_parts():
@@ -214,59 +220,54 @@ def test_registers_are_for_two_warpgroups_and_several_parts():
         assert specialised_schedule(left, 64, tail).registers == (left > 64 and tail > 0)
 
 
+@pytest.mark.parametrize("split", [False, True])
 @pytest.mark.parametrize("swap", [False, True])
-@pytest.mark.parametrize(("right", "tail"), [(128, 0), (128, 32), (64, 48), (128, 96)])
-def test_the_parts_of_all_tiles_cover_the_matrix(right, tail, swap, hopper):
-    schedule = specialised_schedule(64, right, tail, swap=swap)
-    parts = (*schedule.parts, 0, 0)[:3]
-    assert sum(parts) == right + tail
-    sides = {"SWAP": swap, "LEFT": 64, **dict(zip(("RIGHT", "TAIL", "REST"), parts, strict=True)), "RAGGED": False}
-    for m, n in ((1, 64), (777, 452), (225, 1000)):
-        jobs, _ = hopper._jobs_and_steps(m, n, 640, 640, CHUNKS=1, SPLIT=False, **sides, BLOCK_K=64)
-        assert jobs == schedule.tiles(m, n)
-        covered = torch.zeros(m, n, dtype=torch.bool)
-        for tile in range(jobs):
-            left, starts, _ = hopper._place(tile, m, n, **sides, GROUP_M=8)
-            for start, width in zip(starts, parts, strict=True):
+@pytest.mark.parametrize(("right", "tail"), [(128, 0), (128, 32), (64, 48), (128, 96), (256, 16), (64, 8)])
+def test_the_parts_of_all_tiles_cover_the_matrix(right, tail, swap, split, hopper):
+    """Those of a tail too, which as many tiles of a line bear as it takes, and no two the same."""
+    schedule = replace(specialised_schedule(64, right, tail, swap=swap), split=split, group_m=3)
+    assert sum(schedule.parts) == right + tail
+    sizes = (1, 9, right - 1, right, right + 1, right + tail, right + tail + 1, 777, 1000, 3 * right + tail)
+    for size, other, sms in product(sizes, (64, 452), (1, 7, 132)):
+        m, n = (size, other) if swap else (other, size)
+        covered, tails = torch.zeros(m, n, dtype=torch.bool), defaultdict(set)
+        tiles, cut = placed(hopper, m, n, schedule, sms)
+        for left, starts, tailed in tiles:
+            assert left >= 0 and min(starts) >= 0
+            for at, (start, width) in enumerate(zip(starts, schedule.parts, strict=False)):
                 rows, columns = (slice(start, start + width), slice(left, left + 64))[:: 1 if swap else -1]
-                covered[rows, columns] = True
-        assert covered.all()
+                if at == 0 or split or tailed:
+                    covered[rows, columns] = True
+            if tailed and tail:
+                tails[left].add(starts[1])
+        assert covered.all(), (m, n, sms)
+        if tail and not split:
+            blocks = cut[0 if swap else 1]
+            assert cut[2] == -(-max(size - blocks * right, 0) // tail) <= blocks
+            assert all(len(starts) == cut[2] for starts in tails.values())
 
 
-@pytest.mark.parametrize(("right", "tail"), [(256, 16), (256, 32), (128, 16), (64, 64)])
-def test_ragged_tiles_cover_every_row_of_every_column(right, tail, hopper):
-    left, n = 64, 452
-    schedule = MatmulSchedule(right, left, 64, 4, 4, swap=True, specialised=True, ragged=True, tail_m=tail)
-    for m in (1, 9, right - 1, right, right + 1, right + tail, right + tail + 1, 777, 1000, 3 * right + tail, 4099):
-        hopper.gl.programs = min(7, schedule.tiles(m, n))
-        covered, tails = torch.zeros(m, n, dtype=torch.int32), Counter()
-        for start_n, (start_m, tail_m), tailed in ragged_tiles(hopper, m, n, schedule):
-            assert start_m >= 0 and start_n >= 0
-            covered[start_m : start_m + right, start_n : start_n + left] += 1
-            if tailed:
-                assert tail_m >= 0
-                covered[tail_m : tail_m + tail, start_n : start_n + left] += 1
-                tails[start_n] += 1
-        assert covered.all(), (m, covered.any(1).tolist())
-        assert len(tails) == tails.total() == (m > schedule.row_blocks(m) * right) * -(-n // left)
+def test_a_cut_gives_the_busiest_program_the_least():
+    """8192 columns are 64 tiles of 128: two row blocks fill 128 of 132 SMs, a third would double the time."""
+    schedule = specialised_schedule(128, 128, 32, swap=True)
+    cuts = {m: schedule.cut(m, 8192) for m in (1, 128, 256, 257, 288, 320, 321, 512, 640, 777)}
+    assert {m: cut[1] for m, cut in cuts.items()} == dict.fromkeys(cuts, 64)
+    assert [cut[::2] for cut in list(cuts.values())[:7]] == [(1, 0), (1, 0), (2, 0), (2, 1), (2, 1), (2, 2), (3, 0)]
+    assert cuts[512][::2] == (4, 0) and cuts[640][::2] == (4, 4)
+    assert cuts[777][::2] == (6, 1)  # three rounds; five blocks of 160 are as many, of longer ones
+    assert schedule.cut(777, 8192, sms=64)[::2] == (6, 1) and schedule.cut(320, 8192, sms=1)[::2] == (2, 2)
+    assert replace(schedule, split=True).cut(777, 8192) == (5, 64, 5)
 
 
 @pytest.mark.parametrize("n", [4096, 6144, 8192, 10240, 28672, 57344])
 @pytest.mark.parametrize("right", [128, 256])
 def test_no_program_meets_all_the_tails(right, n, hopper):
     """At most one in as many rounds as a column has tiles, and one more because a column may lie in two rounds."""
-    schedule = specialised_schedule(64, right, 16, swap=True, ragged=True)
-    hopper.gl.programs = 132
-    tailed = [tailed for *_, tailed in ragged_tiles(hopper, 777, n, schedule)]
-    rounds = -(-len(tailed) // 132)
-    assert max(sum(tailed[program::132]) for program in range(132)) <= -(-rounds // schedule.row_blocks(777)) + 1
-
-
-def test_ragged_rows_of_777_tokens_are_three_blocks_and_a_tail():
-    schedule = specialised_schedule(64, 256, 16, swap=True, ragged=True)
-    blocks = [schedule.row_blocks(m) for m in (1, 256, 257, 272, 273, 512, 528, 529, 777)]
-    assert blocks == [1, 1, 1, 1, 2, 2, 2, 3, 3]
-    assert schedule.tiles(777, 4096) == 192
+    tiles, (blocks, _, tails) = placed(hopper, 777, n, specialised_schedule(64, right, 16, swap=True), 132)
+    assert tails <= 1  # none where a fourth block of 256 rows costs no further round
+    rounds = -(-len(tiles) // 132)
+    most = max(sum(tailed for *_, tailed in tiles[program::132]) for program in range(132))
+    assert most <= -(-rounds // blocks) + 1
 
 
 def test_default_schedules_respect_the_plan_and_the_operands():
@@ -338,7 +339,6 @@ TAILED = specialised_schedule(128, 64, 16, swap=True)
             "block_k=32",
         ),
         ({"a": A, "b": torch.zeros(4, 3), "schedule": SCHEDULES[2]}, ValueError, "TMA descriptors"),
-        ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], ragged=True, relay=True)}, ValueError, "is ragged"),
         (
             {"a": A, "b": B, "schedule": replace(SCHEDULES[1], tail_m=16)},
             ValueError,
@@ -356,8 +356,6 @@ TAILED = specialised_schedule(128, 64, 16, swap=True)
             for wrong, why in (
                 ({"tail_m": 4}, "no fewer than 8"),
                 ({"block_k": 32}, "block_k must be 64"),
-                ({"ragged": True, "tail_m": 48}, r"one power of two, got parts \(64, 32, 16\)"),
-                ({"ragged": True, "tail_m": 0, "registers": False}, r"one power of two, got parts \(64,\)"),
             )
         ),
         (
