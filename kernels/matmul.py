@@ -93,6 +93,15 @@ class MatmulSchedule:
         """
         return _cut(self, m, n, sms)
 
+    def stores_apart(self) -> bool:
+        """Whether each part of a specialised tile has room of its own where the result waits to be stored.
+
+        Otherwise they pass through one buffer, one after the other: that costs time where K is short, but for some
+        tiles it leaves room for one more step of the pipeline.
+        """
+        rows, columns = self.tile
+        return 2 * ((rows + columns) * self.block_k * self.num_stages + rows * columns) <= SHARED_BYTES - 1024
+
     def tiles(self, m: int, n: int, sms: int = 132) -> int:
         """How many tiles cover ``m`` rows and ``n`` columns."""
         return math.prod(self.cut(m, n, sms)[:2])
@@ -195,7 +204,7 @@ def specialised_schedule(
     """
     if block_k is None:
         block_k = 128 if left + right + tail <= 144 or right + tail <= THIN else 64
-    room = SHARED_BYTES - 1024 - 2 * left * right  # one part of the result waits there to be stored
+    room = SHARED_BYTES - 1024 - 2 * left * right  # where at least one part of the result waits to be stored
     stages = min(room // (2 * block_k * (left + right + tail)), 12)
     if stages < 3:
         return None

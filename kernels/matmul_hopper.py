@@ -153,10 +153,14 @@ def _place(
     block, size, others = (block_m, M, block_n * LEFT) if SWAP else (block_n, N, block_m * LEFT)
     start_left = min(others, max((N if SWAP else M) - LEFT, 0))
     if DEALT:
-        # Those that follow the block number `turn` in its line have a tail: another one from round to round.
-        line = block_n * min(blocks_m, GROUP_M) if SWAP else block_m // GROUP_M * GROUP_M * blocks_n
+        # The first to have one is another block of its line from round to round: `line * turn` is the round in which
+        # the line begins, in 2048ths (below 2 ** 31 for any matrix that fits a GPU's memory). To divide by the number
+        # of programs takes long, but it is the same division for all tiles, and so made only once.
         blocks = blocks_m if SWAP else blocks_n
-        after = (block + blocks - line // gl.num_programs(0) % blocks) % blocks
+        line = block_n if SWAP else block_m // GROUP_M
+        turn = (min(blocks_m, GROUP_M) if SWAP else GROUP_M * blocks_n) * 2048 // gl.num_programs(0)
+        after = block - (line * turn // 2048) % blocks
+        after = gl.where(after < 0, after + blocks, after)
         tail = min(blocks * RIGHT + after * (TAIL + REST), max(size - TAIL - REST, 0))
         return start_left, (min(block * RIGHT, max(size - RIGHT, 0)), tail, tail + TAIL), after < tails
     else:
@@ -367,11 +371,8 @@ def _all_but(newest: gl.constexpr, accs):
 
 @gluon.jit
 def _store(descs, staging, sums, bias_ptr, start_left, starts, N, HAS_BIAS: gl.constexpr, SWAP: gl.constexpr,
-           BEGIN: gl.constexpr, END: gl.constexpr):  # fmt: skip
-    """Add the bias in fp32, round once, and let TMA store what of the parts BEGIN to END lies inside the matrix.
-
-    One part after another goes through the staging buffer: room for all of them would cost a stage of the ring.
-    """
+           APART: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr):  # fmt: skip
+    """Add the bias in fp32, round once, and let TMA store what of the parts BEGIN to END lies inside the matrix."""
     ALONG: gl.constexpr = 0 if SWAP else 1  # the weight's side
     for part in gl.static_range(BEGIN, END):
         total = sums[part]
@@ -381,17 +382,14 @@ def _store(descs, staging, sums, bias_ptr, start_left, starts, N, HAS_BIAS: gl.c
             offs = start_n + gl.arange(0, total.shape[ALONG], layout=gl.SliceLayout(1 - ALONG, total.type.layout))
             bias = gl.load(bias_ptr + offs, mask=offs < N, other=0.0).to(gl.float32)
             total += gl.expand_dims(bias, 1 - ALONG)
-        desc = descs[part]
-        buffer = staging
-        if part > 0:
-            buffer = staging._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
-        tma.store_wait(0)  # the part before may still be on its way out
+        if part == 0 or not APART:
+            tma.store_wait(0)  # what lay in the buffer before may still be on its way out
         if SWAP:
-            buffer.permute((1, 0)).store(total.to(desc.dtype))
+            staging[part].permute((1, 0)).store(total.to(descs[part].dtype))
         else:
-            buffer.store(total.to(desc.dtype))
+            staging[part].store(total.to(descs[part].dtype))
         fence_async_shared()
-        tma.async_copy_shared_to_global(desc, [start_m, start_n], buffer)
+        tma.async_copy_shared_to_global(descs[part], [start_m, start_n], staging[part])
 
 
 @gluon.jit
@@ -400,7 +398,7 @@ def _consume(
     blocks_m, blocks_n, tails,
     HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, DEALT: gl.constexpr,
     SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr,
-    REGISTERS: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    REGISTERS: gl.constexpr, APART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
     NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = len(right_rings)
@@ -468,15 +466,15 @@ def _consume(
                     totals = _pick_up(first_ptr, totals)
                     for later in gl.static_range(1, CHUNKS):
                         totals = _plus(totals, _pick_up(first_ptr + later * TILE, totals))
-                    _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, 0, PARTS)
+                    _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, APART, 0, PARTS)
                     gl.store(count_ptr, 0)
         elif complete:
-            _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, 0, 1)
+            _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, APART, 0, 1)
             if DEALT:
                 if tailed:
-                    _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, 1, PARTS)
+                    _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, APART, 1, PARTS)
             else:
-                _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, 1, PARTS)
+                _store(c_descs, staging, totals, bias_ptr, start_left, starts, N, HAS_BIAS, SWAP, APART, 1, PARTS)
     tma.store_wait(0)
 
 
@@ -486,7 +484,7 @@ def _matmul_specialised_kernel(
     M, N, K, chunk_k, blocks_m, blocks_n, tails,
     HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, SWAP: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, REGISTERS: gl.constexpr,
-    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
+    APART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = 1 + (TAIL > 0) + (REST > 0)
     DEALT: gl.constexpr = TAIL > 0 and not (SPLIT or RELAY)
@@ -494,11 +492,18 @@ def _matmul_specialised_kernel(
     c_descs = (c_desc, c_tail_desc, c_rest_desc)[:PARTS]
     left_ring = gl.allocate_shared_memory(left_desc.dtype, [STAGES, LEFT, BLOCK_K], left_desc.layout)
     right_rings = gl.tuple([])
+    staging = gl.tuple(
+        []
+    )  # for each part of the result APART, or one buffer for all, of which the first is the largest
     for part in gl.static_range(PARTS):
-        desc = right_descs[part]
+        desc, c = right_descs[part], c_descs[part]
         ring = gl.allocate_shared_memory(desc.dtype, [STAGES, desc.block_type.shape[0], BLOCK_K], desc.layout)
         right_rings = right_rings + (ring,)  # noqa: RUF005 (Gluon does not unpack)
-    staging = gl.allocate_shared_memory(c_desc.dtype, c_desc.block_type.shape, c_desc.layout)  # of the widest part
+        if part == 0 or APART:
+            buffer = gl.allocate_shared_memory(c.dtype, c.block_type.shape, c.layout)
+        else:
+            buffer = staging[0]._reinterpret(c.dtype, c.block_type.shape, c.layout)
+        staging = staging + (buffer,)  # noqa: RUF005
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     for slot in gl.static_range(STAGES):
@@ -511,7 +516,7 @@ def _matmul_specialised_kernel(
         [
             (_consume, (c_descs, bias_ptr, partial_ptr, done_ptr, left_ring, right_rings, staging, full, empty,
                         M, N, K, chunk_k, blocks_m, blocks_n, tails, HAS_BIAS, CHUNKS, SPLIT, RELAY, DEALT, SWAP,
-                        LEFT, RIGHT, TAIL, REST, REGISTERS, BLOCK_K, STAGES, GROUP_M, num_warps)),
+                        LEFT, RIGHT, TAIL, REST, REGISTERS, APART, BLOCK_K, STAGES, GROUP_M, num_warps)),
             (_produce, (left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k, blocks_m,
                         blocks_n, tails, CHUNKS, SPLIT, RELAY, DEALT, SWAP, LEFT, RIGHT, TAIL, REST, BLOCK_K, STAGES,
                         GROUP_M)),
@@ -573,6 +578,7 @@ def launch(
         TAIL=parts[1],
         REST=parts[2],
         REGISTERS=s.registers,
+        APART=s.stores_apart(),
         BLOCK_K=s.block_k,
         STAGES=s.num_stages,
         GROUP_M=s.group_m,

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import math
 import multiprocessing
 import os
 import sys
@@ -27,7 +26,7 @@ from datetime import UTC, datetime
 from functools import partial
 from itertools import chain, product
 from pathlib import Path
-from statistics import geometric_mean
+from statistics import geometric_mean, median
 from typing import NoReturn
 
 import torch
@@ -71,13 +70,14 @@ each wants its own.
 COMPROMISES = 20
 """Variants that are tried at every point of a model."""
 FINALISTS = 3
-WORST = 16
+WORST = 10
 """The higher this power, the more many fast points count for less than one left slow."""
 HOPELESS = 1.5
 """A compromise whose estimate is so many times the best one's is not tried."""
-SPREAD = 0.03
-"""How far one measured time is likely to be off, as a share. Among many, the best of one measurement each is a lucky
-one; this much over the root of the number of measurements is added before any are compared.
+SPREAD = 0.08
+"""How far one measured time may be off, as a share: so much slower is a kernel for few rows, or cuBLAS, if the
+weights lie unluckily in memory. The best of many single times is a lucky one; so this much, over the root of the
+number of times that are known, is added before any are compared.
 """
 UNTRIED = 100.0
 """What a variant that was not tried at a point counts for there, in times of the yardstick: anything is better."""
@@ -331,24 +331,24 @@ def write_runs(path: Path, runs: list[tuple[dict, Times]]) -> None:
     write_atomically(path, f'{{"schedules": [\n  {schedules}\n ],\n "runs": [\n' + ",\n".join(texts) + "\n]}\n")
 
 
-def averaged(
+def medians(
     runs: Iterable[tuple[dict, Times]], tokens: Iterable[int], spread: float = 0.0
 ) -> dict[tuple, dict[Variant, float]]:
-    """Geometric means over all runs, longer by ``spread`` over the root of the number of times that they are of.
+    """Median times over all runs, longer by ``spread`` over the root of the number of times that they are of.
 
     A batch counts for the row of a table that serves it, the next of ``tokens``.
     """
     rows = sorted(tokens)
-    logs: dict[tuple, dict[Variant, list[float]]] = {}
-    for _, times in runs:
-        for (n, k, m), found in times.items():
+    times: dict[tuple, dict[Variant, list[float]]] = {}
+    for _, measured in runs:
+        for (n, k, m), found in measured.items():
             if m <= rows[-1]:
-                known = logs.setdefault((n, k, rows[bisect_left(rows, m)]), {})
+                known = times.setdefault((n, k, rows[bisect_left(rows, m)]), {})
                 for schedule, time in found.items():
-                    known.setdefault((plan_matmul(n, k, 2).chunks, schedule), []).append(math.log(time))
+                    known.setdefault((plan_matmul(n, k, 2).chunks, schedule), []).append(time)
     return {
-        point: {v: math.exp(sum(found) / len(found) + spread / len(found) ** 0.5) for v, found in known.items()}
-        for point, known in logs.items()
+        point: {variant: median(all_of) * (1 + spread / len(all_of) ** 0.5) for variant, all_of in known.items()}
+        for point, known in times.items()
     }
 
 
@@ -357,7 +357,7 @@ def draw_table(
 ) -> dict[tuple[int, int], dict[int, dict]]:
     """What ``runs`` choose for (model, GPUs) in ``models``: shape to rows to fields of a schedule. Says how fast."""
     rows, table = {*TOKENS, *tokens}, {}
-    means, cautious = averaged(runs, rows), averaged(runs, rows, SPREAD)
+    usual, cautious = medians(runs, rows), medians(runs, rows, SPREAD)
     for model, tp in models:
         shapes = layers(model, tp)
         times = {point: found for point, found in cautious.items() if point[:2] in shapes and point[2] in tokens}
@@ -365,7 +365,7 @@ def draw_table(
         for (n, k, m), (_, schedule) in sorted(chosen.items()):
             table.setdefault((n, k), {})[m] = fields_of(schedule)
         if chosen:
-            speed = [1 / means[point][variant] for point, variant in chosen.items()]
+            speed = [1 / usual[point][variant] for point, variant in chosen.items()]
             speeds = f"mean {geometric_mean(speed):.3f}, least {min(speed):.2f}"
             print(f"{model}, {tp} GPUs: torch.mm's time over ours, {speeds}")
     return table

@@ -158,6 +158,7 @@ def hopper(monkeypatch):
     """The specialised kernel's module, its arithmetic as Python, run as program ``gl.at`` of ``gl.programs``."""
     module = pytest.importorskip("kernels.matmul_hopper")
     stand_in = SimpleNamespace(programs=1, at=0)
+    stand_in.where = lambda condition, x, y: x if condition else y
     stand_in.num_programs, stand_in.program_id = lambda axis: stand_in.programs, lambda axis: stand_in.at
     monkeypatch.setattr(module, "gl", stand_in)
     for name in ("_shares", "_piece", "_pieces", "_jobs_and_steps", "_place", "_block", "tile_start"):

@@ -25,7 +25,6 @@ from lab.tune import (
     TOKENS,
     VARIANTS,
     as_text,
-    averaged,
     candidates,
     choose_variants,
     compromises_at,
@@ -34,8 +33,10 @@ from lab.tune import (
     fields_of,
     layers,
     main,
+    medians,
     read_runs,
     rows_of,
+    runs_of,
     shard,
     specialised_schedules,
     thin_schedules,
@@ -234,10 +235,10 @@ def test_runs_that_cannot_be_read_are_named(tmp_path):
         read_runs(path)
 
 
-def test_a_batch_counts_for_the_row_that_serves_it_in_the_mean_of_all_runs():
-    first = {(64, 32, 9): {FAST: 1.0}, (64, 32, 16): {FAST: 4.0, SLOW: 3.0}, (64, 32, 17): {FAST: 9.0}}
+def test_a_batch_counts_for_the_row_that_serves_it_in_the_median_of_all_runs():
+    first = {(64, 32, 9): {FAST: 1.0}, (64, 32, 16): {FAST: 40.0, SLOW: 3.0}, (64, 32, 17): {FAST: 9.0}}
     second = {(64, 32, 16): {FAST: 2.0}}
-    found = averaged([(ORIGIN, first), (ORIGIN, second)], (8, 16))
+    found = medians([(ORIGIN, first), (ORIGIN, second)], (8, 16))
     assert found.keys() == {(64, 32, 16)}
     assert found[64, 32, 16] == pytest.approx({(1, FAST): 2.0, (1, SLOW): 3.0})
 
@@ -245,7 +246,7 @@ def test_a_batch_counts_for_the_row_that_serves_it_in_the_mean_of_all_runs():
 def test_one_lucky_time_does_not_beat_many():
     often = {(64, 32, 16): {FAST: 1.0}}
     once = {(64, 32, 16): {FAST: 1.0, SLOW: 0.99}}
-    times = averaged([(ORIGIN, once), *[(ORIGIN, often)] * 8], (8, 16), spread=0.03)[64, 32, 16]
+    times = medians([(ORIGIN, once), *[(ORIGIN, often)] * 8], (8, 16), spread=0.03)[64, 32, 16]
     assert times[1, SLOW] > times[1, FAST]
 
 
@@ -253,6 +254,17 @@ def test_rows_that_are_not_asked_for_lend_their_times_to_no_other():
     shape = (6144, 4096)
     run = {(*shape, 777): {FAST: 0.5, SLOW: 1.0}, (*shape, 1024): {FAST: 1.0, SLOW: 0.9}}
     assert draw_table([(ORIGIN, run)], [("llama-3-8b", 1)], [1024]) == {shape: {1024: fields_of(SLOW)}}
+
+
+def test_the_table_that_ships_is_what_the_recorded_runs_choose():
+    runs = read_runs(runs_of("NVIDIA H200"))
+    table = json.loads(tuned.path_of("NVIDIA H200").read_text())
+    shipped = {
+        (shape["n"], shape["k"]): {int(m): table["schedules"][at] for m, at in shape["rows"].items()}
+        for shape in table["shapes"]
+    }
+    assert draw_table(runs, list(product(MODELS, TENSOR_PARALLEL)), TOKENS) == shipped
+    assert table["commit"].split(", ") == list(dict.fromkeys(origin["commit"] for origin, _ in runs))
 
 
 def test_a_table_is_drawn_from_runs_without_a_gpu(tmp_path, monkeypatch, capsys):
