@@ -93,6 +93,10 @@ class MatmulSchedule:
         """
         return _cut(self, m, n, sms)
 
+    def tiles(self, m: int, n: int, sms: int = 132) -> int:
+        """How many tiles cover ``m`` rows and ``n`` columns."""
+        return math.prod(self.cut(m, n, sms)[:2])
+
     def stores_apart(self) -> bool:
         """Whether each part of a specialised tile has room of its own where the result waits to be stored.
 
@@ -101,10 +105,6 @@ class MatmulSchedule:
         """
         rows, columns = self.tile
         return 2 * ((rows + columns) * self.block_k * self.num_stages + rows * columns) <= SHARED_BYTES - 1024
-
-    def tiles(self, m: int, n: int, sms: int = 132) -> int:
-        """How many tiles cover ``m`` rows and ``n`` columns."""
-        return math.prod(self.cut(m, n, sms)[:2])
 
     def fits(self, plan: MatmulPlan) -> bool:
         """Whether a thread has registers for the sums of this tile: twice as many where chunks are added up in turn.
@@ -150,19 +150,20 @@ def _cut(schedule: MatmulSchedule, m: int, n: int, sms: int) -> tuple[int, int, 
     if not tail or schedule.split or schedule.relay:
         blocks_m, blocks_n = triton.cdiv(m, rows), triton.cdiv(n, columns)
         return blocks_m, blocks_n, bool(tail) * (blocks_m if schedule.swap else blocks_n)
-    width, *_ = parts = schedule.parts
+    parts = schedule.parts
     size, across = (m, triton.cdiv(n, columns)) if schedule.swap else (n, triton.cdiv(m, rows))
     plain = _step_clocks(schedule, parts[:1])
     more = _step_clocks(schedule, parts) - plain
 
+    def tails(blocks: int) -> int:
+        return triton.cdiv(max(size - blocks * parts[0], 0), tail)
+
     def cost(blocks: int) -> tuple[float, int]:
         rounds = triton.cdiv(blocks * across, sms)
-        met = triton.cdiv(rounds * triton.cdiv(max(size - blocks * width, 0), tail), blocks)
-        return rounds * plain + met * more, blocks
+        return rounds * plain + triton.cdiv(rounds * tails(blocks), blocks) * more, blocks
 
-    blocks = min(range(triton.cdiv(size, width + tail), triton.cdiv(size, width) + 1), key=cost)
-    tails = triton.cdiv(max(size - blocks * width, 0), tail)
-    return (blocks, across, tails) if schedule.swap else (across, blocks, tails)
+    blocks = min(range(triton.cdiv(size, parts[0] + tail), triton.cdiv(size, parts[0]) + 1), key=cost)
+    return (blocks, across, tails(blocks)) if schedule.swap else (across, blocks, tails(blocks))
 
 
 # Schedules for many rows, each with its share of the tensor cores' rate while all SMs are busy (H200, bf16).
@@ -242,9 +243,9 @@ def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms:
     jobs = math.prod(blocks) * chunks
     handed_over = schedule.relay and jobs > sms
     rounds = jobs / sms if handed_over else triton.cdiv(jobs, sms)
-    met = rounds * tails / blocks[0 if schedule.swap else 1]
-    tails = met if handed_over else math.ceil(met)
-    busy = (rounds * plain + tails * (heavy - plain)) * plan.k / chunks / 16 + rounds * left * wide / 32
+    met = rounds * tails / blocks[0 if schedule.swap else 1]  # tails that the busiest program meets
+    met = met if handed_over else math.ceil(met)
+    busy = (rounds * plain + met * (heavy - plain)) * plan.k / chunks / 16 + rounds * left * wide / 32
     busy += left * wide / 4 * (2 * handed_over + (rounds + chunks) * (chunks > 1))  # sums written, and read again
     bills = busy / 1450, 2 * (m * plan.k + n * plan.k + m * n) / 4.2e6
     return max(bills) + min(bills) / 4 + 2 + 2 * (chunks > 1)
@@ -788,6 +789,8 @@ def check_schedule(schedule: MatmulSchedule, plan: MatmulPlan) -> None:
     parts = schedule.parts
     if schedule.specialised and min(parts) < 8:
         raise ValueError(f"schedule={schedule} has a tile of parts {parts}: wgmma takes no fewer than 8 columns")
+    if schedule.specialised and max(parts) > parts[0]:
+        raise ValueError(f"schedule={schedule} has a tile of parts {parts}: the first must be as wide as any")
     if len(parts) > 3:
         raise ValueError(f"schedule={schedule} has a tile of {len(parts)} parts, {parts}: three are the most")
     if schedule.relay and plan.chunks > 1 and not schedule.split:

@@ -492,9 +492,7 @@ def _matmul_specialised_kernel(
     c_descs = (c_desc, c_tail_desc, c_rest_desc)[:PARTS]
     left_ring = gl.allocate_shared_memory(left_desc.dtype, [STAGES, LEFT, BLOCK_K], left_desc.layout)
     right_rings = gl.tuple([])
-    staging = gl.tuple(
-        []
-    )  # for each part of the result APART, or one buffer for all, of which the first is the largest
+    staging = gl.tuple([])  # a buffer for each part of the result, or one for all if not APART
     for part in gl.static_range(PARTS):
         desc, c = right_descs[part], c_descs[part]
         ring = gl.allocate_shared_memory(desc.dtype, [STAGES, desc.block_type.shape[0], BLOCK_K], desc.layout)

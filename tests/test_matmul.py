@@ -356,6 +356,7 @@ TAILED = specialised_schedule(128, 64, 16, swap=True)
             ({"a": A, "b": B, "schedule": replace(TAILED, **wrong)}, ValueError, why)
             for wrong, why in (
                 ({"tail_m": 4}, "no fewer than 8"),
+                ({"tail_m": 160}, r"parts \(64, 128, 32\): the first must be as wide as any"),
                 ({"block_k": 32}, "block_k must be 64"),
             )
         ),
