@@ -1,6 +1,7 @@
 """The tuner's bookkeeping; that its candidates are bit-equal is checked on the GPU, before each is timed."""
 
 import json
+from dataclasses import replace
 from itertools import product
 from types import SimpleNamespace
 
@@ -60,8 +61,9 @@ def test_few_schedules_are_kept_where_they_cost_least():
     assert fastest_few(times, 1) == {1: SLOW, 2: SLOW, 3: SLOW}
 
 
-def test_a_candidate_with_other_bits_stops_the_search_before_it_is_timed(monkeypatch):
-    """One bit in one number is enough; without it the same call goes through."""
+@pytest.fixture
+def bench(monkeypatch):
+    """``time_schedules`` on a CPU: schedules in ``flipped`` have one bit wrong, and ``timed`` is what ran."""
     flipped, timed = [], []
 
     def product_of(a, b, schedule):
@@ -71,7 +73,7 @@ def test_a_candidate_with_other_bits_stops_the_search_before_it_is_timed(monkeyp
         return c
 
     def time(rings, preset):
-        timed.append(set(rings))
+        timed.append(list(rings))
         return {name: SimpleNamespace(median_ms=1.0 + (name == SLOW)) for name in rings}
 
     randn = torch.randn
@@ -79,12 +81,28 @@ def test_a_candidate_with_other_bits_stops_the_search_before_it_is_timed(monkeyp
     monkeypatch.setattr("lab.tune.matmul", product_of)
     monkeypatch.setattr("lab.tune.time_graphs", time)
     weights = [randn(8, 16, dtype=torch.bfloat16) for _ in range(2)]
-    assert time_schedules(4, weights, [FAST, SLOW]) == {FAST: 1.0, SLOW: 2.0}
-    timed.clear()
-    flipped.append(SLOW)
+    return SimpleNamespace(flipped=flipped, timed=timed, weights=weights)
+
+
+def test_a_candidate_with_other_bits_stops_the_search_before_it_is_timed(bench):
+    """One bit in one number is enough; without it the same call goes through."""
+    assert time_schedules(4, bench.weights, [FAST, SLOW]) == {FAST: 1.0, SLOW: 2.0}
+    bench.timed.clear()
+    bench.flipped.append(SLOW)
     with pytest.raises(RuntimeError, match=r"is no schedule: 1 of 4 rows differ"):
-        time_schedules(4, weights, [FAST, SLOW])
-    assert not timed
+        time_schedules(4, bench.weights, [FAST, SLOW])
+    assert not bench.timed
+
+
+@pytest.mark.parametrize("count", [2, 5, 11])
+def test_the_slow_reference_takes_one_turn_in_four(bench, count):
+    tried = [replace(FAST, num_stages=2 + i) for i in range(count)]
+    times = time_schedules(4, bench.weights, tried)
+    assert list(times) == tried
+    for company in bench.timed:
+        slow = [name for name in company if str(name).startswith("slow")]
+        assert len(slow) == (len(company) - len(slow)) // 3
+    assert [len(company) for company in bench.timed] == [count + 1 + (count + 1) // 3, min(count, 3) + 2]
 
 
 @pytest.mark.parametrize("m", TOKENS)
