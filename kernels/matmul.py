@@ -97,6 +97,7 @@ class MatmulSchedule:
         """How many tiles cover ``m`` rows and ``n`` columns."""
         return math.prod(self.cut(m, n, sms)[:2])
 
+    @property
     def stores_apart(self) -> bool:
         """Whether each part of a specialised tile has room of its own where the result waits to be stored.
 
@@ -921,10 +922,9 @@ def _launch(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: MatmulSchedu
                 schedule = replace(schedule, split=False, relay=False)
             else:
                 partial = scratch(sums, a.device)
-        cut = schedule.cut(m, n, sms)
         if counters is None:
-            programs = min(sms, cut[0] * cut[1])
-        matmul_hopper.launch(a, b, bias, c, plan, schedule, cut, programs, partial, counters)
+            programs = min(sms, schedule.tiles(m, n, sms))
+        matmul_hopper.launch(a, b, bias, c, plan, schedule, schedule.cut(m, n, sms), programs, partial, counters)
         return
     a_desc, options["A_K_MAJOR"] = _descriptor(a, (schedule.block_m, schedule.block_k))
     b_desc, b_n_major = _descriptor(b, (schedule.block_k, schedule.block_n))

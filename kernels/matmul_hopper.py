@@ -51,15 +51,8 @@ wait_for_all_threads = gl.barrier if hasattr(gl, "barrier") else gl.thread_barri
 
 
 @gluon.jit
-def tile_start(tile, M, N, TILE_M: gl.constexpr, TILE_N: gl.constexpr, GROUP_M: gl.constexpr):
-    """First row and first column of a tile, as ``tile_of`` and ``start_of`` in ``kernels/matmul.py`` give them."""
-    block_m, block_n = _block(tile, (M + TILE_M - 1) // TILE_M, (N + TILE_N - 1) // TILE_N, GROUP_M)
-    return min(block_m * TILE_M, max(M - TILE_M, 0)), min(block_n * TILE_N, max(N - TILE_N, 0))
-
-
-@gluon.jit
-def _block(tile, blocks_m, blocks_n, GROUP_M: gl.constexpr):
-    """Row and column block of a tile: down GROUP_M row blocks, then one column block across."""
+def block_of(tile, blocks_m, blocks_n, GROUP_M: gl.constexpr):
+    """Row and column block of a tile, as ``tile_of`` in ``kernels/matmul.py`` gives them."""
     first_m = tile // (GROUP_M * blocks_n) * GROUP_M
     group = min(blocks_m - first_m, GROUP_M)
     inside = tile % (GROUP_M * blocks_n)
@@ -149,7 +142,7 @@ def _place(
     """Where a tile begins on the left operand's side, where each part does on the right one's, and whether it has its
     tail, which only matters if DEALT.
     """
-    block_m, block_n = _block(tile, blocks_m, blocks_n, GROUP_M)
+    block_m, block_n = block_of(tile, blocks_m, blocks_n, GROUP_M)
     block, size, others = (block_m, M, block_n * LEFT) if SWAP else (block_n, N, block_m * LEFT)
     start_left = min(others, max((N if SWAP else M) - LEFT, 0))
     if DEALT:
@@ -576,7 +569,7 @@ def launch(
         TAIL=parts[1],
         REST=parts[2],
         REGISTERS=s.registers,
-        APART=s.stores_apart(),
+        APART=s.stores_apart,
         BLOCK_K=s.block_k,
         STAGES=s.num_stages,
         GROUP_M=s.group_m,

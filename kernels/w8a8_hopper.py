@@ -38,7 +38,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.launch import launch as launch_kernel
 from kernels.launch import scratch, wait_for_previous_launch
-from kernels.matmul_hopper import multiply, sums_at, tile_start, wait_for_all_threads
+from kernels.matmul_hopper import block_of, multiply, sums_at, wait_for_all_threads
 
 GLUON_TYPES = {
     torch.int8: gl.int8,
@@ -55,6 +55,13 @@ MOST_STAGED = 128
 def _sum_type(int8):
     """What the tensor core adds up in."""
     return gl.int32 if int8 else gl.float32
+
+
+@gluon.jit
+def _tile_start(tile, M, N, TILE_M: gl.constexpr, TILE_N: gl.constexpr, GROUP_M: gl.constexpr):
+    """First row and first column of a tile, as ``tile_of`` and ``start_of`` in ``kernels/matmul.py`` give them."""
+    block_m, block_n = block_of(tile, (M + TILE_M - 1) // TILE_M, (N + TILE_N - 1) // TILE_N, GROUP_M)
+    return min(block_m * TILE_M, max(M - TILE_M, 0)), min(block_n * TILE_N, max(N - TILE_N, 0))
 
 
 @gluon.jit
@@ -96,7 +103,7 @@ def _produce(
     stretches = (K + stretch_k - 1) // stretch_k
     step = 0
     for job in range(gl.program_id(0), tiles * SPLIT, gl.num_programs(0)):
-        start_m, start_n = tile_start(job // SPLIT, M, N, TILE_M, TILE_N, GROUP_M)
+        start_m, start_n = _tile_start(job // SPLIT, M, N, TILE_M, TILE_N, GROUP_M)
         first, last = _part_of(job % SPLIT, stretches, SPLIT)
         if SWAP:
             start_left = start_n
@@ -302,7 +309,7 @@ def _consume(
     step = 0
     for job in range(gl.program_id(0), tiles * SPLIT, gl.num_programs(0)):
         tile = job // SPLIT
-        start_m, start_n = tile_start(tile, M, N, TILE_M, TILE_N, GROUP_M)
+        start_m, start_n = _tile_start(tile, M, N, TILE_M, TILE_N, GROUP_M)
         if SWAP:
             start_n += consumer * ROWS
         else:

@@ -343,10 +343,11 @@ def medians(
     times: dict[tuple, dict[Variant, list[float]]] = {}
     for _, measured in runs:
         for (n, k, m), found in measured.items():
-            if m <= rows[-1]:
-                known = times.setdefault((n, k, rows[bisect_left(rows, m)]), {})
-                for schedule, time in found.items():
-                    known.setdefault((plan_matmul(n, k, 2).chunks, schedule), []).append(time)
+            if m > rows[-1]:
+                continue
+            known = times.setdefault((n, k, rows[bisect_left(rows, m)]), {})
+            for schedule, time in found.items():
+                known.setdefault((plan_matmul(n, k, 2).chunks, schedule), []).append(time)
     return {
         point: {variant: median(all_of) * (1 + spread / len(all_of) ** 0.5) for variant, all_of in known.items()}
         for point, known in times.items()

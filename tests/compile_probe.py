@@ -122,7 +122,7 @@ def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
     arguments |= {"blocks_m": "i32", "blocks_n": "i32", "tails": "i32"}
     constants = {"CHUNKS": plan.chunks, "HAS_BIAS": True, "SPLIT": s.split, "RELAY": s.relay, "SWAP": s.swap}
     constants |= {"LEFT": left, **parts, **absent, "BLOCK_K": s.block_k, "STAGES": s.num_stages}
-    constants |= {"REGISTERS": s.registers, "APART": s.stores_apart(), "GROUP_M": s.group_m, "num_warps": s.num_warps}
+    constants |= {"REGISTERS": s.registers, "APART": s.stores_apart, "GROUP_M": s.group_m, "num_warps": s.num_warps}
     if s.split or s.relay:
         arguments |= {"partial_ptr": "*fp32", "done_ptr": "*i32"}
     else:

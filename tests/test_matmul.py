@@ -161,7 +161,7 @@ def hopper(monkeypatch):
     stand_in.where = lambda condition, x, y: x if condition else y
     stand_in.num_programs, stand_in.program_id = lambda axis: stand_in.programs, lambda axis: stand_in.at
     monkeypatch.setattr(module, "gl", stand_in)
-    for name in ("_shares", "_piece", "_pieces", "_jobs_and_steps", "_place", "_block", "tile_start"):
+    for name in ("_shares", "_piece", "_pieces", "_jobs_and_steps", "_place", "block_of"):
         monkeypatch.setattr(module, name, getattr(module, name).fn)
     return module
 
