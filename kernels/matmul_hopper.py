@@ -11,8 +11,8 @@ The plan is ``kernels/matmul.py``'s and so are the bits; only the schedule is fi
   tokens are the right operand, and 777 of them are five times 160. What comes after the first part is the *tail*.
 * Tails are *dealt out*, one to each tile, to some or to none: 777 tokens are also three times 256, and 9 more that
   any of the three tiles can take along. It is another one from round to round, so that no program meets all of them.
-* With *registers* the left operand is read from shared memory once for all parts, not once for each. On an H200 that
-  pays where two warpgroups share an SM's bandwidth, each with a left side of its own.
+* All parts of a *wide* tile are multiplied by one instruction: they lie side by side in shared memory, and ``wgmma``
+  may be any multiple of eight wide (``kernels/wgmma.py``). An instruction for each would read the left side anew.
 * A *relay* leaves no SM idle in the last round: what remains is dealt out in equal shares of K steps, so that some
   tiles are begun by one program and finished by another, which takes over the accumulator as it is, all 32 bits of
   it. Whoever begins a tile does so first of all, whoever finishes it does so last: nobody waits.
@@ -44,6 +44,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.launch import launch as launch_kernel
 from kernels.launch import wait_for_previous_launch
+from kernels.wgmma import ROW_BYTES, ROWS, shared_memory, wait_for_wgmma, warpgroup, wgmma
 
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -161,6 +162,33 @@ def _place(
         return start_left, (start, start + RIGHT, start + RIGHT + TAIL), tile >= 0
 
 
+@gluon.constexpr_function
+def _total(descs, along):
+    """Sum of the sides of the blocks of some descriptors."""
+    return sum(desc.block_type.shape[along] for desc in descs)
+
+
+@gluon.jit
+def _rows_at(ring, eights, desc):
+    """Room for a block of a descriptor in a ring of blocks of eight rows."""
+    return ring.index(eights)._reinterpret(desc.dtype, desc.block_type.shape, desc.layout)
+
+
+@gluon.jit
+def _buffers(left_desc, right_descs, left_ring, right_rings, slot):
+    """A slot's buffer for the left operand, and one for each part of the right one."""
+    if len(right_descs) == 1:
+        return left_ring.index(slot), (right_rings[0].index(slot),)
+    else:  # one ring, where a slot is the left operand's rows and, right behind them, the right one's
+        LEFT: gl.constexpr = left_desc.block_type.shape[0]
+        first = slot * ((LEFT + _total(right_descs, 0)) // 8)
+        rights = gl.tuple([])
+        for part in gl.static_range(len(right_descs)):
+            at = first + (LEFT + _total(right_descs[:part], 0)) // 8
+            rights = rights + (_rows_at(left_ring, at, right_descs[part]),)  # noqa: RUF005 (Gluon does not unpack)
+        return _rows_at(left_ring, first, left_desc), rights
+
+
 @gluon.jit
 def _produce(
     left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k, blocks_m, blocks_n, tails,
@@ -191,13 +219,13 @@ def _produce(
                     mbarrier.expect(arrived, BYTES)
             else:
                 mbarrier.expect(arrived, BYTES + TAIL_BYTES)
-            tma.async_copy_global_to_shared(left_desc, [start_left, k], arrived, left_ring.index(slot))
-            tma.async_copy_global_to_shared(right_descs[0], [starts[0], k], arrived, right_rings[0].index(slot))
-            for part in gl.static_range(1, len(right_rings)):
+            left, rights = _buffers(left_desc, right_descs, left_ring, right_rings, slot)
+            tma.async_copy_global_to_shared(left_desc, [start_left, k], arrived, left)
+            tma.async_copy_global_to_shared(right_descs[0], [starts[0], k], arrived, rights[0])
+            for part in gl.static_range(1, len(rights)):
                 tma.async_copy_global_to_shared(
-                    right_descs[part], [starts[part], k], arrived, right_rings[part].index(slot),
-                    pred=tailed if DEALT else True,
-                )  # fmt: skip
+                    right_descs[part], [starts[part], k], arrived, rights[part], pred=tailed if DEALT else True
+                )
             step += 1
 
 
@@ -210,15 +238,25 @@ def sums_at(sums_ptr, like):
     return sums_ptr + (rows[:, None] * like.shape[1] + columns[None, :])
 
 
+@gluon.constexpr_function
+def _pieces_of(right, tail, rest):
+    """Widths of the tensors that a tile's sums are: all the same, so that each part is some of them."""
+    width = math.gcd(right, tail, rest)
+    return (width,) * ((right + tail + rest) // width)
+
+
+@gluon.constexpr_function
+def _widths_of(right, tail, rest, wide):
+    """Widths of the instructions that multiply a tile."""
+    return (right + tail + rest,) if wide else tuple(width for width in (right, tail, rest) if width)
+
+
 @gluon.jit
-def _nothing(LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr,
-             WARPS: gl.constexpr):  # fmt: skip
-    """Zeros for each part of a tile."""
-    sums = (_zeros(LEFT, RIGHT, WARPS),)
-    if TAIL > 0:
-        sums = sums + (_zeros(LEFT, TAIL, WARPS),)  # noqa: RUF005 (Gluon does not unpack)
-    if REST > 0:
-        sums = sums + (_zeros(LEFT, REST, WARPS),)  # noqa: RUF005
+def _nothing(LEFT: gl.constexpr, PIECES: gl.constexpr, WARPS: gl.constexpr):
+    """Zeros for each piece of a tile."""
+    sums = gl.tuple([])
+    for piece in gl.static_range(len(PIECES)):
+        sums = sums + (_zeros(LEFT, PIECES[piece], WARPS),)  # noqa: RUF005 (Gluon does not unpack)
     return sums
 
 
@@ -296,61 +334,28 @@ def multiply(
 
 
 @gluon.jit
-def multiply_from_registers(
-    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
+def multiply_wide(
+    sums, step, start_k, end_k, full, empty, LEFT: gl.constexpr, RIGHT: gl.constexpr, WIDTHS: gl.constexpr,
+    BLOCK_K: gl.constexpr, STAGES: gl.constexpr, DTYPE: gl.constexpr,
 ):  # fmt: skip
-    """``multiply``, but the left operand is read from shared memory once for all parts, not once for each.
+    """``multiply`` by instructions of any WIDTHS, of which ``sums`` are the columns.
 
-    ``wgmma`` takes it from registers then, which must not be written before it has finished. So they are loaded in
-    pieces of 16 elements along K, each while two others are still to be multiplied.
+    Of the ring, which begins where shared memory does, a slot holds LEFT rows of the left operand, then RIGHT rows of
+    the right one.
     """
-    PARTS: gl.constexpr = len(accs)
-    PIECES: gl.constexpr = BLOCK_K // 16
-    LAYOUT: gl.constexpr = gl.DotOperandLayout(0, accs[0].type.layout, 2)
-    mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1, pred=start_k < end_k)
-    left = left_ring.index(step % STAGES)
-    one = left.slice(0, 16, 1).load(LAYOUT)
-    two = left.slice(16, 16, 1).load(LAYOUT)
+    ring = shared_memory()
+    mine = warpgroup() * (ROWS * ROW_BYTES)
     for k in range(start_k, end_k, BLOCK_K):
         slot = step % STAGES
-        left = left_ring.index(slot)
+        mbarrier.wait(full.index(slot), (step // STAGES) & 1)
+        left = ring + slot * ((LEFT + RIGHT) * ROW_BYTES)
+        sums = wgmma(sums, left + mine, left + LEFT * ROW_BYTES, WIDTHS, BLOCK_K, DTYPE)
+        sums = wait_for_wgmma(sums, 1)
+        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=k > start_k)
         step += 1
-        following = left_ring.index(step % STAGES)
-        for piece in gl.static_range(PIECES):
-            begun = gl.tuple([])
-            for part in gl.static_range(PARTS):
-                right = right_rings[part].index(slot).slice(piece * 16, 16, 1).permute((1, 0))
-                begun = begun + (warpgroup_mma(one, right, accs[part], is_async=True),)  # noqa: RUF005
-            accs = warpgroup_mma_wait(PARTS, deps=begun)  # the piece before has finished: its registers are free
-            one = two
-            if piece + 2 < PIECES:
-                two = left.slice((piece + 2) * 16, 16, 1).load(LAYOUT)
-            elif piece + 2 == PIECES:
-                # After the last step this loads what nobody will look at.
-                mbarrier.wait(full.index(step % STAGES), (step // STAGES) & 1, pred=k + BLOCK_K < end_k)
-                next_one = following.slice(0, 16, 1).load(LAYOUT)
-                next_two = following.slice(16, 16, 1).load(LAYOUT)
-            if piece == 0:
-                mbarrier.arrive(empty.index((slot + STAGES - 1) % STAGES), pred=k > start_k)
-        one = next_one
-        two = next_two
-    accs = warpgroup_mma_wait(0, deps=accs)
+    sums = wait_for_wgmma(sums, 0)
     mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=start_k < end_k)
-    return accs, step
-
-
-@gluon.jit
-def _multiply_parts(
-    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K: gl.constexpr, STAGES: gl.constexpr,
-    REGISTERS: gl.constexpr,
-):  # fmt: skip
-    """``multiply``, the left operand from where the schedule says."""
-    if REGISTERS:
-        return multiply_from_registers(
-            accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
-        )
-    else:
-        return multiply(accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES)
+    return sums, step
 
 
 @gluon.jit
@@ -363,24 +368,37 @@ def _all_but(newest: gl.constexpr, accs):
 
 
 @gluon.jit
+def _stage(buffer, pieces, bias_ptr, start_n, N, DTYPE: gl.constexpr, HAS_BIAS: gl.constexpr, SWAP: gl.constexpr):
+    """Add the bias to the pieces of a part in fp32, round once, and lay them side by side in shared memory."""
+    ALONG: gl.constexpr = 0 if SWAP else 1  # the weight's side
+    WIDTH: gl.constexpr = pieces[0].shape[1]
+    for piece in gl.static_range(len(pieces)):
+        total = pieces[piece]
+        if HAS_BIAS:
+            offs = start_n + gl.arange(0, total.shape[ALONG], layout=gl.SliceLayout(1 - ALONG, total.type.layout))
+            offs += 0 if SWAP else piece * WIDTH
+            bias = gl.load(bias_ptr + offs, mask=offs < N, other=0.0).to(gl.float32)
+            total += gl.expand_dims(bias, 1 - ALONG)
+        room = buffer.slice(piece * WIDTH, WIDTH, 0 if SWAP else 1)
+        if SWAP:
+            room.permute((1, 0)).store(total.to(DTYPE))
+        else:
+            room.store(total.to(DTYPE))
+
+
+@gluon.jit
 def _store(descs, staging, sums, bias_ptr, start_left, starts, N, HAS_BIAS: gl.constexpr, SWAP: gl.constexpr,
            APART: gl.constexpr, BEGIN: gl.constexpr, END: gl.constexpr):  # fmt: skip
     """Add the bias in fp32, round once, and let TMA store what of the parts BEGIN to END lies inside the matrix."""
-    ALONG: gl.constexpr = 0 if SWAP else 1  # the weight's side
+    ALONG: gl.constexpr = 0 if SWAP else 1  # the right side
+    WIDTH: gl.constexpr = sums[0].shape[1]
     for part in gl.static_range(BEGIN, END):
-        total = sums[part]
         start_m = starts[part] if SWAP else start_left
         start_n = start_left if SWAP else starts[part]
-        if HAS_BIAS:
-            offs = start_n + gl.arange(0, total.shape[ALONG], layout=gl.SliceLayout(1 - ALONG, total.type.layout))
-            bias = gl.load(bias_ptr + offs, mask=offs < N, other=0.0).to(gl.float32)
-            total += gl.expand_dims(bias, 1 - ALONG)
         if part == 0 or not APART:
             tma.store_wait(0)  # what lay in the buffer before may still be on its way out
-        if SWAP:
-            staging[part].permute((1, 0)).store(total.to(descs[part].dtype))
-        else:
-            staging[part].store(total.to(descs[part].dtype))
+        pieces = sums[_total(descs[:part], ALONG) // WIDTH : _total(descs[: part + 1], ALONG) // WIDTH]
+        _stage(staging[part], pieces, bias_ptr, start_n, N, descs[part].dtype, HAS_BIAS, SWAP)
         fence_async_shared()
         tma.async_copy_shared_to_global(descs[part], [start_m, start_n], staging[part])
 
@@ -391,11 +409,16 @@ def _consume(
     blocks_m, blocks_n, tails,
     HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, DEALT: gl.constexpr,
     SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr,
-    REGISTERS: gl.constexpr, APART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
+    WIDE: gl.constexpr, APART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr,
     NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
-    PARTS: gl.constexpr = len(right_rings)
-    TILE: gl.constexpr = LEFT * (RIGHT + TAIL + REST)
+    PARTS: gl.constexpr = len(c_descs)
+    PIECES: gl.constexpr = _pieces_of(RIGHT, TAIL, REST)
+    PLAIN: gl.constexpr = RIGHT // PIECES[0]  # pieces of a tile without its tail
+    WIDTHS: gl.constexpr = _widths_of(RIGHT, TAIL, REST, WIDE)
+    COLUMNS: gl.constexpr = RIGHT + TAIL + REST
+    DTYPE: gl.constexpr = left_ring.dtype
+    TILE: gl.constexpr = LEFT * COLUMNS
     TURNS: gl.constexpr = 1 if SPLIT else CHUNKS
     jobs, steps = _jobs_and_steps(blocks_m, blocks_n, K, chunk_k, CHUNKS, SPLIT, BLOCK_K)
     turn, rounds, begin, end = _shares(jobs, steps, RELAY)
@@ -411,7 +434,7 @@ def _consume(
             tile, M, N, blocks_m, blocks_n, tails, DEALT, SWAP, LEFT, RIGHT, TAIL, REST, GROUP_M
         )
         for in_turn in gl.static_range(TURNS):
-            accs = _nothing(LEFT, RIGHT, TAIL, REST, NUM_WARPS)
+            accs = _nothing(LEFT, PIECES, NUM_WARPS)
             if RELAY:
                 going_on = first > 0  # from the sums of the program that began this job
                 if going_on:
@@ -424,20 +447,25 @@ def _consume(
             if TURNS > 1:
                 start_k = in_turn * chunk_k
                 end_k = min(start_k + chunk_k, K)
-            if DEALT:
+            if PARTS == 1:
+                accs, step = multiply(
+                    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
+                )
+            elif DEALT:
                 # Two loops, each of which waits for its own: ptxas keeps wgmma in flight across no branch.
                 if tailed:
-                    accs, step = _multiply_parts(
-                        accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES, REGISTERS
+                    accs, step = multiply_wide(
+                        accs, step, start_k, end_k, full, empty, LEFT, COLUMNS, WIDTHS, BLOCK_K, STAGES, DTYPE
                     )
                 else:
-                    first_part, step = multiply(
-                        accs[:1], step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
-                    )
-                    accs = first_part + accs[1:]
+                    first_part, step = multiply_wide(
+                        accs[:PLAIN], step, start_k, end_k, full, empty, LEFT, COLUMNS, (RIGHT,), BLOCK_K, STAGES,
+                        DTYPE,
+                    )  # fmt: skip
+                    accs = first_part + accs[PLAIN:]
             else:
-                accs, step = _multiply_parts(
-                    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES, REGISTERS
+                accs, step = multiply_wide(
+                    accs, step, start_k, end_k, full, empty, LEFT, COLUMNS, WIDTHS, BLOCK_K, STAGES, DTYPE
                 )
             if in_turn == 0:
                 totals = accs
@@ -476,20 +504,23 @@ def _matmul_specialised_kernel(
     left_desc, right_desc, tail_desc, rest_desc, c_desc, c_tail_desc, c_rest_desc, bias_ptr, partial_ptr, done_ptr,
     M, N, K, chunk_k, blocks_m, blocks_n, tails,
     HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, SWAP: gl.constexpr,
-    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, REGISTERS: gl.constexpr,
+    LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, WIDE: gl.constexpr,
     APART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = 1 + (TAIL > 0) + (REST > 0)
     DEALT: gl.constexpr = TAIL > 0 and not (SPLIT or RELAY)
     right_descs = (right_desc, tail_desc, rest_desc)[:PARTS]  # the others are None
     c_descs = (c_desc, c_tail_desc, c_rest_desc)[:PARTS]
-    left_ring = gl.allocate_shared_memory(left_desc.dtype, [STAGES, LEFT, BLOCK_K], left_desc.layout)
-    right_rings = gl.tuple([])
+    if PARTS == 1:
+        left_ring = gl.allocate_shared_memory(left_desc.dtype, [STAGES, LEFT, BLOCK_K], left_desc.layout)
+        right_rings = (gl.allocate_shared_memory(right_desc.dtype, [STAGES, RIGHT, BLOCK_K], right_desc.layout),)
+    else:  # one ring for both operands, and the largest of all buffers: then it begins where shared memory does
+        ROWS_OF_RING: gl.constexpr = STAGES * (LEFT + RIGHT + TAIL + REST)
+        left_ring = gl.allocate_shared_memory(left_desc.dtype, [ROWS_OF_RING // 8, 8, BLOCK_K], left_desc.layout)
+        right_rings = ()
     staging = gl.tuple([])  # a buffer for each part of the result, or one for all if not APART
     for part in gl.static_range(PARTS):
-        desc, c = right_descs[part], c_descs[part]
-        ring = gl.allocate_shared_memory(desc.dtype, [STAGES, desc.block_type.shape[0], BLOCK_K], desc.layout)
-        right_rings = right_rings + (ring,)  # noqa: RUF005 (Gluon does not unpack)
+        c = c_descs[part]
         if part == 0 or APART:
             buffer = gl.allocate_shared_memory(c.dtype, c.block_type.shape, c.layout)
         else:
@@ -507,7 +538,7 @@ def _matmul_specialised_kernel(
         [
             (_consume, (c_descs, bias_ptr, partial_ptr, done_ptr, left_ring, right_rings, staging, full, empty,
                         M, N, K, chunk_k, blocks_m, blocks_n, tails, HAS_BIAS, CHUNKS, SPLIT, RELAY, DEALT, SWAP,
-                        LEFT, RIGHT, TAIL, REST, REGISTERS, APART, BLOCK_K, STAGES, GROUP_M, num_warps)),
+                        LEFT, RIGHT, TAIL, REST, WIDE, APART, BLOCK_K, STAGES, GROUP_M, num_warps)),
             (_produce, (left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k, blocks_m,
                         blocks_n, tails, CHUNKS, SPLIT, RELAY, DEALT, SWAP, LEFT, RIGHT, TAIL, REST, BLOCK_K, STAGES,
                         GROUP_M)),
@@ -568,7 +599,7 @@ def launch(
         RIGHT=parts[0],
         TAIL=parts[1],
         REST=parts[2],
-        REGISTERS=s.registers,
+        WIDE=s.wide,
         APART=s.stores_apart,
         BLOCK_K=s.block_k,
         STAGES=s.num_stages,

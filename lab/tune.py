@@ -62,10 +62,9 @@ VOCABULARY = 128256
 TENSOR_PARALLEL = (1, 2, 4, 8)
 VARIANTS = 12
 """Most different kernels that a table gives one model; a schedule counts once for each number of chunks."""
-FEW = {1: 4, 2: 4, 4: 3, 8: 3}
-"""How many of them are for up to ``THIN`` rows, by the number of GPUs: searched for by themselves, since weighed
-against larger batches they would be given up. The narrow weights of many GPUs have so few tiles that for many rows
-each wants its own.
+FEW = 3
+"""How many of them are for up to ``THIN`` rows: searched for by themselves, since weighed against larger batches they
+would be given up.
 """
 COMPROMISES = 20
 """Variants that are tried at every point of a model."""
@@ -118,9 +117,8 @@ def thin_schedules(m: int, plan: MatmulPlan) -> Iterator[MatmulSchedule]:
                 yield replace(in_turn, split=True)
 
 
-WIDTHS = ((16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32))
-WIDTHS += ((64, 48), (128, 0), (128, 16), (128, 32), (128, 48), (128, 64), (128, 80), (128, 96))
-WIDTHS += ((128, 128), (256, 0), (256, 16), (256, 32), (256, 64))
+WIDTHS = ((16, 0), (32, 0), (32, 16), (64, 0), (64, 16), (64, 32), (64, 48), (128, 0))
+WIDTHS += ((128, 16), (128, 32), (128, 48), (128, 64), (128, 72), (128, 80), (128, 96), (128, 128), (256, 0))
 """Right sides of a specialised tile, and their tails."""
 
 
@@ -134,7 +132,7 @@ def specialised_schedules(plan: MatmulPlan) -> Iterator[MatmulSchedule]:
                 yield found
 
 
-def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 6) -> list[MatmulSchedule]:
+def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 8) -> list[MatmulSchedule]:
     """Schedules worth trying for ``m`` rows under ``plan``: common ones, and the ``most`` promising of all others.
 
     Of the common ones those that may come near; of relays, which seldom win, three where one should.
@@ -272,13 +270,13 @@ def fastest_few(times: dict[tuple, dict[Variant, float]], limit: int) -> dict[tu
     return chosen
 
 
-def choose_variants(times: dict[tuple, dict[Variant, float]], tp: int) -> dict[tuple, Variant]:
-    """A variant for every point (n, k, m) of a model on ``tp`` GPUs.
+def choose_variants(times: dict[tuple, dict[Variant, float]]) -> dict[tuple, Variant]:
+    """A variant for every point (n, k, m) of a model on so many GPUs.
 
     At most ``FEW`` of them for few rows, and ``VARIANTS`` in all.
     """
     chosen = {}
-    for thin, limit in ((True, FEW[tp]), (False, VARIANTS - FEW[tp])):
+    for thin, limit in ((True, FEW), (False, VARIANTS - FEW)):
         if points := {point: found for point, found in times.items() if (point[2] <= THIN) == thin}:
             chosen |= fastest_few(points, limit)
     return chosen
@@ -363,7 +361,7 @@ def draw_table(
     for model, tp in models:
         shapes = layers(model, tp)
         times = {point: found for point, found in cautious.items() if point[:2] in shapes and point[2] in tokens}
-        chosen = choose_variants(times, tp)
+        chosen = choose_variants(times)
         for (n, k, m), (_, schedule) in sorted(chosen.items()):
             table.setdefault((n, k), {})[m] = fields_of(schedule)
         if chosen:

@@ -122,7 +122,7 @@ def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
     arguments |= {"blocks_m": "i32", "blocks_n": "i32", "tails": "i32"}
     constants = {"CHUNKS": plan.chunks, "HAS_BIAS": True, "SPLIT": s.split, "RELAY": s.relay, "SWAP": s.swap}
     constants |= {"LEFT": left, **parts, **absent, "BLOCK_K": s.block_k, "STAGES": s.num_stages}
-    constants |= {"REGISTERS": s.registers, "APART": s.stores_apart, "GROUP_M": s.group_m, "num_warps": s.num_warps}
+    constants |= {"WIDE": s.wide, "APART": s.stores_apart, "GROUP_M": s.group_m, "num_warps": s.num_warps}
     if s.split or s.relay:
         arguments |= {"partial_ptr": "*fp32", "done_ptr": "*i32"}
     else:
@@ -428,6 +428,24 @@ def resources(binary, target: str) -> dict[str, int]:
     return usage
 
 
+def instructions(source, binary) -> dict:
+    """Widths of the ``wgmma`` of a specialised kernel, and those that its schedule asks for.
+
+    If it has a tail, also whether its ring lies first in shared memory, where the kernel looks for it.
+    """
+    values = {name: source.constants[at,] for at, name in enumerate(source.fn.arg_names) if (at,) in source.constants}
+    parts = [width for name in ("RIGHT", "TAIL", "REST") if (width := values[name])]
+    dealt = not (values["SPLIT"] or values["RELAY"])
+    asked = {sum(parts), *parts[: int(dealt)]} if values["WIDE"] else set(parts)
+    widths = {int(width) for width in re.findall(r"mma_async\S+\.m64n(\d+)k16", binary.asm["ptx"])}
+    found = {"widths": sorted(widths), "widths_asked": sorted(asked)}
+    if len(parts) > 1:
+        ring = values["STAGES"] * (values["LEFT"] + sum(parts)) * values["BLOCK_K"] * 2
+        others = re.findall(r"@global_smem, i32 (\d+)", binary.asm["llir"])
+        found["ring_first"] = min(map(int, others)) >= ring
+    return found
+
+
 def main(target: str, kernels) -> None:
     target_info.current_target = lambda: TARGETS[target]  # what kernels ask for the GPU at hand
     target_info.current_target.__triton_builtin__ = True
@@ -437,9 +455,8 @@ def main(target: str, kernels) -> None:
         if label.startswith("addmm") and "ptx" in binary.asm:
             names = [name for name in source.fn.arg_names if source.signature[name] != "constexpr"]
             found["fused"] = fused_with(binary.asm["ptx"], names, {"alpha", "beta"})
-        if "REGISTERS" in source.fn.arg_names:
-            asked = source.constants[(source.fn.arg_names.index("REGISTERS"),)]
-            found["registers_asked"], found["registers_loaded"] = asked, "ldmatrix" in binary.asm["ptx"]
+        if source.fn is matmul_hopper._matmul_specialised_kernel:
+            found |= instructions(source, binary)
         print(json.dumps(found), flush=True)
 
 

@@ -54,13 +54,19 @@ def test_scales_are_fused_alike_in_every_tile(compiled):
     assert all(names == ["alpha"] for names in fused)
 
 
-def test_a_left_operand_is_loaded_into_registers_where_the_schedule_says_so(compiled):
-    """And nowhere else: the other schedules are the control."""
+def test_instructions_are_as_wide_as_the_schedule_says(compiled):
+    """One for all parts of a wide tile, or one for each part, and 208 among them."""
     target, kernels = compiled
-    found = {
-        (kernel["registers_asked"], kernel["registers_loaded"]) for kernel in kernels if "registers_asked" in kernel
-    }
-    assert found == ({(False, False), (True, True)} if target == "sm_90" else set())
+    found = [(kernel["widths"], kernel["widths_asked"]) for kernel in kernels if "widths" in kernel]
+    assert all(widths == asked for widths, asked in found)
+    assert any(208 in widths for widths, _ in found) == bool(found) == (target == "sm_90")
+
+
+def test_the_ring_of_a_tile_with_a_tail_begins_shared_memory(compiled):
+    """The kernel finds it there, since Gluon does not say where a buffer is."""
+    target, kernels = compiled
+    found = [kernel["ring_first"] for kernel in kernels if "ring_first" in kernel]
+    assert all(found) and bool(found) == (target == "sm_90")
 
 
 def test_a_missing_and_a_late_wait_are_seen():

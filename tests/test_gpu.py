@@ -75,11 +75,11 @@ def specialised():
     tiles = ((64, 64, 32), (128, 128, 0), (128, 128, 32), (256, 128, 0), (64, 64, 48), (128, 128, 80))
     for tile, swap, split, relay in itertools.product(tiles, *[(False, True)] * 3):
         yield specialised_schedule(*tile, swap=swap, split=split, relay=relay)
-    for left, registers in ((64, True), (128, False)):  # the other way round than usual
-        yield replace(specialised_schedule(left, 128, 80), registers=registers)
-    for tile in ((128, 32, 16), (256, 128, 16)):  # eight pieces along K; two blocks of 64 rows in a warpgroup
+    for left, swap in itertools.product((64, 128), (False, True)):  # three instructions
+        yield replace(specialised_schedule(left, 128, 80, swap=swap), wide=False)
+    for tile in ((128, 32, 16), (128, 128, 128), (64, 256, 16)):  # the last is too wide for one instruction
         yield specialised_schedule(*tile)
-    for tile in ((64, 256, 16), (128, 128, 16)):
+    for tile in ((64, 256, 16), (128, 128, 16), (128, 128, 72), (64, 16, 8)):
         yield specialised_schedule(*tile, swap=True)
 
 

@@ -216,9 +216,11 @@ def placed(hopper, m, n, schedule, sms):
     return [hopper._place(tile, m, n, *cut, dealt, **sides, GROUP_M=schedule.group_m) for tile in tiles], cut
 
 
-def test_registers_are_for_two_warpgroups_and_several_parts():
-    for left, tail in product((64, 128, 256), (0, 16, 48)):
-        assert specialised_schedule(left, 64, tail).registers == (left > 64 and tail > 0)
+def test_tiles_with_a_tail_are_wide_up_to_256_columns():
+    for left, right, tail in product((64, 128), (64, 128, 256), (0, 16, 48)):
+        if schedule := specialised_schedule(left, right, tail):
+            assert schedule.wide == (tail > 0 and right + tail <= 256)
+    assert specialised_schedule(256, 64, 0) and not specialised_schedule(256, 64, 16)
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -256,7 +258,8 @@ def test_a_cut_gives_the_busiest_program_the_least():
     assert [cut[::2] for cut in list(cuts.values())[:7]] == [(1, 0), (1, 0), (2, 0), (2, 1), (2, 1), (2, 2), (3, 0)]
     assert cuts[512][::2] == (4, 0) and cuts[640][::2] == (4, 4)
     assert cuts[777][::2] == (6, 1)  # three rounds; five blocks of 160 are as many, of longer ones
-    assert schedule.cut(777, 8192, sms=64)[::2] == (6, 1) and schedule.cut(320, 8192, sms=1)[::2] == (2, 2)
+    assert schedule.cut(777, 8192, sms=64)[::2] == (5, 5)  # as much to multiply as with six and a tail, less to load
+    assert schedule.cut(320, 8192, sms=1)[::2] == (2, 2)
     assert replace(schedule, split=True).cut(777, 8192) == (5, 64, 5)
 
 
@@ -346,7 +349,7 @@ TAILED = specialised_schedule(128, 64, 16, swap=True)
             "tail_m=16.* must be specialised",
         ),
         ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], tail_n=16)}, ValueError, "tail on its left side"),
-        ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], registers=True)}, ValueError, "registers .* no tail"),
+        ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], wide=True)}, ValueError, "wide: it must have a tail"),
         (
             {"a": A, "b": B, "schedule": MatmulSchedule(64, 64, 64, 4, 3, specialised=True, tail_n=56)},
             ValueError,
@@ -357,7 +360,9 @@ TAILED = specialised_schedule(128, 64, 16, swap=True)
             for wrong, why in (
                 ({"tail_m": 4}, "no fewer than 8"),
                 ({"tail_m": 160}, r"parts \(64, 128, 32\): the first must be as wide as any"),
-                ({"block_k": 32}, "block_k must be 64"),
+                ({"block_k": 128}, "block_k must be 64"),
+                ({"num_warps": 4}, "the left side 16 rows a warp"),
+                ({"block_m": 256}, "no more than 256 columns"),
             )
         ),
         (
