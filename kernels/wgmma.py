@@ -24,8 +24,11 @@ ROWS = gl.constexpr(64)
 
 
 @gluon.constexpr_function
-def _ptx_wgmma(widths: tuple[int, ...], copies: int, steps: int, dtype: str) -> str:
-    """An instruction for each of ``widths``, ``steps`` times. Its operands: the sums, ``copies`` of two addresses."""
+def wgmma_ptx(widths: tuple[int, ...], copies: int, steps: int, dtype: str) -> str:
+    """The text of an instruction for each of ``widths``, ``steps`` times; elements are ``dtype``, bf16 or f16.
+
+    Its operands: the sums, two columns a register; then ``copies`` times the left address, and the right one.
+    """
     columns = sum(widths)
     lines = ["{", ".reg .pred yes;", ".reg .b32 low;", ".reg .b64 left, right;", "setp.eq.b32 yes, 0, 0;"]
     for operand, name in enumerate(("left", "right")):
@@ -75,7 +78,7 @@ def wgmma(sums, left, right, WIDTHS: gl.constexpr, BLOCK_K: gl.constexpr, DTYPE:
     the right one, one for each column; in bytes, divisible by 1024. Elements are DTYPE, bfloat16 or float16.
     """
     HELD: gl.constexpr = sums[0].shape[1] // 2  # registers a thread, of one of the tensors
-    PTX: gl.constexpr = _ptx_wgmma(WIDTHS, HELD, BLOCK_K // 16, _name(DTYPE))
+    PTX: gl.constexpr = wgmma_ptx(WIDTHS, HELD, BLOCK_K // 16, _name(DTYPE))
     # A text is for HELD elements of each of its operands: of an address, too, though they are all the same.
     HOW: gl.constexpr = _constraints(HELD * len(sums), 2 * HELD)
     return gl.inline_asm_elementwise(PTX, HOW, (left, right) + sums, _floats(len(sums)), False, HELD)  # noqa: RUF005

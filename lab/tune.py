@@ -62,9 +62,10 @@ VOCABULARY = 128256
 TENSOR_PARALLEL = (1, 2, 4, 8)
 VARIANTS = 12
 """Most different kernels that a table gives one model; a schedule counts once for each number of chunks."""
-FEW = 3
-"""How many of them are for up to ``THIN`` rows: searched for by themselves, since weighed against larger batches they
-would be given up.
+FEW = {1: 4, 2: 4, 4: 2, 8: 2}
+"""How many of them are for up to ``THIN`` rows, by the number of GPUs: searched for by themselves, since weighed
+against larger batches they would be given up. The narrow weights of many GPUs have so few tiles that for many rows
+each wants its own.
 """
 COMPROMISES = 20
 """Variants that are tried at every point of a model."""
@@ -270,13 +271,13 @@ def fastest_few(times: dict[tuple, dict[Variant, float]], limit: int) -> dict[tu
     return chosen
 
 
-def choose_variants(times: dict[tuple, dict[Variant, float]]) -> dict[tuple, Variant]:
-    """A variant for every point (n, k, m) of a model on so many GPUs.
+def choose_variants(times: dict[tuple, dict[Variant, float]], tp: int) -> dict[tuple, Variant]:
+    """A variant for every point (n, k, m) of a model on ``tp`` GPUs.
 
     At most ``FEW`` of them for few rows, and ``VARIANTS`` in all.
     """
     chosen = {}
-    for thin, limit in ((True, FEW), (False, VARIANTS - FEW)):
+    for thin, limit in ((True, FEW[tp]), (False, VARIANTS - FEW[tp])):
         if points := {point: found for point, found in times.items() if (point[2] <= THIN) == thin}:
             chosen |= fastest_few(points, limit)
     return chosen
@@ -361,7 +362,7 @@ def draw_table(
     for model, tp in models:
         shapes = layers(model, tp)
         times = {point: found for point, found in cautious.items() if point[:2] in shapes and point[2] in tokens}
-        chosen = choose_variants(times)
+        chosen = choose_variants(times, tp)
         for (n, k, m), (_, schedule) in sorted(chosen.items()):
             table.setdefault((n, k), {})[m] = fields_of(schedule)
         if chosen:

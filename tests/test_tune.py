@@ -348,16 +348,17 @@ def test_a_model_needs_at_most_a_dozen_variants(path):
             assert all(min(map(int, rows[shape])) <= 8 for shape in layers(model, tp) & set(rows))
 
 
-def test_few_rows_and_many_are_searched_apart():
+@pytest.mark.parametrize("tp", TENSOR_PARALLEL)
+def test_few_rows_and_many_are_searched_apart(tp):
     """However much slower many rows are: few ones keep variants of their own, and all together are a dozen."""
     few = {(64, 64, m): {(1, MatmulSchedule(16, 64, k, 4, 3)): 1.0} for m, k in zip((8, 16), (64, 128), strict=True)}
     wide = [(1, MatmulSchedule(64, 64, 64, 4, stages)) for stages in range(2, 22)]
     many = {(64, 64, 64 + at): {v: 2.0 + (v != one) for v in wide} for at, one in enumerate(wide)}
-    chosen = choose_variants(few | many)
+    chosen = choose_variants(few | many, tp)
     assert all(chosen[point] in found for point, found in few.items())
     assert chosen.keys() == (few | many).keys()
-    assert len({chosen[point] for point in many}) == VARIANTS - FEW
-    assert choose_variants(few).keys() == few.keys()
+    assert len({chosen[point] for point in many}) == VARIANTS - FEW[tp]
+    assert choose_variants(few, tp).keys() == few.keys()
 
 
 def test_a_table_reads_back_as_it_was_written(tmp_path, monkeypatch):
