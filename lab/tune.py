@@ -136,7 +136,8 @@ def specialised_schedules(plan: MatmulPlan) -> Iterator[MatmulSchedule]:
 def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 8) -> list[MatmulSchedule]:
     """Schedules worth trying for ``m`` rows under ``plan``: common ones, and the ``most`` promising of all others.
 
-    Of the common ones those that may come near; of relays, which seldom win, three where one should.
+    Of the common ones those that may come near; of relays, for which the estimate is too hopeful, three where it
+    promises a fifth.
     """
     found = [s for s in thin_schedules(m, plan) if wgmma or not s.specialised] if m <= 64 else []
     if wgmma and m > THIN:
@@ -148,7 +149,7 @@ def candidates(m: int, n: int, plan: MatmulPlan, wgmma: bool, most: int = 8) -> 
         )
         best = min(us for us, _, s in ranked if not s.relay)
         found += [s for _, _, s in ranked if not s.relay][:most]
-        found += [s for us, _, s in ranked if s.relay and us < 0.95 * best][:3]
+        found += [s for us, _, s in ranked if s.relay and us < 0.8 * best][:3]
         found += [s for us, _, s in ranked if s in SPECIALISED and us <= 1.35 * best]
     elif m > THIN:
         found += [s for s, _ in PERSISTENT_TILES if s.block_m <= 2 * m]

@@ -393,3 +393,26 @@ def test_data_readme_describes_every_experiment_and_column():
         assert f"| `{kind.name}.csv` | {', '.join(kind.keys)} |" in text
         for column in kind.columns:
             assert re.search(rf"^\|.*`{column}`.*\|", text, re.MULTILINE), column
+
+
+def test_what_was_checked_once_is_not_checked_again(store, monkeypatch):
+    append(store, [point(), point(2)])
+    assert len(store.load("matmul", newest=False)) == 2
+    seen = []
+    monkeypatch.setattr(
+        records, "_check_row", lambda cells, slug, check=records._check_row: seen.append(check(cells, slug))
+    )
+    append(store, point(3))
+    assert len(store.load("matmul", newest=False)) == 3
+    assert len(seen) == 2  # the new row, when it is written and when it is read
+
+
+def test_damage_to_what_was_checked_before_is_found(store):
+    append(store, [point(), point(2)])
+    store.load("matmul")
+    path = store.path("matmul")
+    path.write_bytes(path.read_bytes().replace(b"bfloat16", b"bfloat,16", 1))
+    with pytest.raises(RecordError, match=r"line 2: .* columns"):
+        store.load("matmul")
+    with pytest.raises(RecordError, match=r"line 2: .* columns"):
+        append(store, point(3))
