@@ -87,13 +87,14 @@ def wait_for_previous_launch():
 def launch(kernel, grid: tuple[int, ...], *args, **constants):
     """``kernel[grid](*args, **constants)``, watched, and placed on the GPU before the launch ahead of it has ended.
 
-    ``kernel`` must call ``wait_for_previous_launch`` first.
+    Returns the compiled kernel. ``kernel`` must call ``wait_for_previous_launch`` first.
     """
     if COMPILED and _overlap.allowed and cuda_capability_geq(9, 0):
         constants["launch_pdl"] = True
     compiled = kernel[grid](*args, **constants)
     if _watching.recording is not None:
         _watching.recording.launches.append((kernel, compiled, grid, args, constants))
+    return compiled
 
 
 @contextmanager

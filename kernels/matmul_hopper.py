@@ -44,7 +44,7 @@ from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.launch import launch as launch_kernel
 from kernels.launch import wait_for_previous_launch
-from kernels.wgmma import ROW_BYTES, ROWS, shared_memory, wait_for_wgmma, warpgroup, wgmma
+from kernels.wgmma import ROW_BYTES, ROWS, check_first, shared_memory, wait_for_wgmma, warpgroup, wgmma
 
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
 
@@ -571,12 +571,15 @@ def launch(
     ``bias`` is ``None`` or (N,), contiguous. ``plan`` is a ``MatmulPlan``, ``schedule`` a ``MatmulSchedule`` with
     ``specialised`` set, ``cut`` what it makes of M and N, ``programs`` the grid. A schedule that splits or relays
     needs room for partial sums and zeroed counters, as ``scratch`` says.
+
+    Raises:
+        RuntimeError: this Triton lays out shared memory in another way than a tile with a tail needs.
     """
     (m, k), n = a.shape, b.shape[1]
     s, weight = schedule, b.t()
     left, right, tall = (weight, a, s.block_n) if s.swap else (a, weight, s.block_m)
     parts = (*s.parts, 0, 0)[:3]
-    launch_kernel(
+    compiled = launch_kernel(
         _matmul_specialised_kernel,
         (programs,),
         _descriptor(left, tall, s.block_k),
@@ -606,6 +609,13 @@ def launch(
         GROUP_M=s.group_m,
         num_warps=s.num_warps,
     )
+    if len(s.parts) > 1:
+        check_first(compiled, ring_bytes(s))
+
+
+def ring_bytes(schedule) -> int:
+    """Bytes of all buffers of a specialised schedule's operands, of 16 bits an element."""
+    return 2 * schedule.num_stages * schedule.block_k * sum(schedule.tile)
 
 
 def scratch(tiles: int, plan, schedule, programs: int) -> tuple[int, int]:

@@ -13,6 +13,9 @@ the descriptor of an operand in shared memory.
 
 from __future__ import annotations
 
+import re
+from functools import lru_cache
+
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -45,10 +48,8 @@ def wgmma_ptx(widths: tuple[int, ...], copies: int, steps: int, dtype: str) -> s
             lines += [f"wgmma.mma_async.sync.aligned.{shape} {{{sums}}}, left, right, yes, 1, 1, 0, 0;"]
             lines += [f"add.s64 right, right, {8 * width};"]  # a row of the right operand for each column
             first += width
-        lines += [
-            "add.s64 left, left, 2;",
-            f"sub.s64 right, right, {8 * columns - 2};",
-        ]  # 16 elements further along K
+        # 16 elements further along K
+        lines += ["add.s64 left, left, 2;", f"sub.s64 right, right, {8 * columns - 2};"]
     return "\n".join([*lines, "wgmma.commit_group.sync.aligned;", "}"])
 
 
@@ -95,7 +96,10 @@ def wait_for_wgmma(sums, NEWEST: gl.constexpr):
 
 @gluon.jit
 def shared_memory():
-    """Where the program's shared memory begins, and so the largest of its buffers: Triton lays them out by size."""
+    """Where the program's shared memory begins, and so the largest of its buffers: Triton lays them out by size.
+
+    Gluon does not say where a buffer is. ``check_first`` sees to it that it is there.
+    """
     return gl.inline_asm_elementwise("mov.u32 $0, global_smem;", "=r", [], gl.int32, True, 1)
 
 
@@ -111,3 +115,17 @@ def warpgroup():
         }
     """
     return gl.inline_asm_elementwise(PTX, "=r", [], gl.int32, True, 1)
+
+
+@lru_cache
+def check_first(compiled, size: int) -> None:
+    """Refuse a compiled kernel in whose shared memory anything lies before byte ``size``, besides one first buffer.
+
+    Raises:
+        RuntimeError: it does, so ``shared_memory`` is not where the kernel takes it to be.
+    """
+    others = map(int, re.findall(r"@global_smem, i32 (\d+)", compiled.asm["llir"]))
+    if (nearest := min(others, default=size)) < size:
+        raise RuntimeError(
+            f"this Triton puts a buffer at byte {nearest} of shared memory, inside a ring of size={size}"
+        )

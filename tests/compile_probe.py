@@ -51,6 +51,7 @@ from kernels.plan import (
     plan_row,
     plan_w8a8,
 )
+from kernels.wgmma import check_first
 
 TARGETS = {
     "sm_80": GPUTarget("cuda", 80, 32),
@@ -428,10 +429,20 @@ def resources(binary, target: str) -> dict[str, int]:
     return usage
 
 
+def accepted(binary, size: int) -> bool:
+    """Whether nothing lies in shared memory before byte ``size``, besides one first buffer."""
+    try:
+        check_first(binary, size)
+    except RuntimeError:
+        return False
+    return True
+
+
 def instructions(source, binary) -> dict:
     """Widths of the ``wgmma`` of a specialised kernel, and those that its schedule asks for.
 
-    If it has a tail, also whether its ring lies first in shared memory, where the kernel looks for it.
+    If it has a tail, also whether its ring is accepted as the first buffer in shared memory, and whether one of one
+    byte more would be.
     """
     values = {name: source.constants[at,] for at, name in enumerate(source.fn.arg_names) if (at,) in source.constants}
     parts = [width for name in ("RIGHT", "TAIL", "REST") if (width := values[name])]
@@ -441,8 +452,7 @@ def instructions(source, binary) -> dict:
     found = {"widths": sorted(widths), "widths_asked": sorted(asked)}
     if len(parts) > 1:
         ring = values["STAGES"] * (values["LEFT"] + sum(parts)) * values["BLOCK_K"] * 2
-        others = re.findall(r"@global_smem, i32 (\d+)", binary.asm["llir"])
-        found["ring_first"] = min(map(int, others)) >= ring
+        found["rings_accepted"] = [accepted(binary, size) for size in (ring, ring + 1)]
     return found
 
 
