@@ -8,7 +8,8 @@ The plan is ``kernels/matmul.py``'s and so are the bits; only the schedule is fi
 * The right operand's side of a tile may have two or three *parts*, 128 + 64 or 128 + 64 + 32 say. Triton's tiles are
   powers of two; with a width of 192 an output of 6144 columns and 512 rows is exactly one round of work for 128 of
   an H200's 132 SMs, where 128 leaves half of the second round idle and 256 a quarter of the only one. Swapped, the
-  tokens are the right operand, and 777 of them are five times 160. What comes after the first part is the *tail*.
+  tokens are the right operand, and 777 of them are nearly four times 200, which is 128 + 64 + 8. What comes after the
+  first part is the *tail*.
 * Tails are *dealt out*, one to each tile, to some or to none: 777 tokens are also three times 256, and 9 more that
   any of the three tiles can take along. It is another one from round to round, so that no program meets all of them.
 * All parts of a *wide* tile are multiplied by one instruction: they lie side by side in shared memory, and ``wgmma``
