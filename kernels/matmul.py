@@ -289,9 +289,18 @@ def choose_schedule(
         sms: multiprocessors of the GPU.
         specialised: whether Hopper's specialised kernel may be used.
         gpu: its name, as torch gives it; ``None`` for the defaults alone.
+
+    Raises:
+        ValueError: the GPU's table is damaged, or names what is no schedule for ``plan``.
     """
     if specialised and gpu is not None and (found := tuned.find(gpu, n, plan.k, m)) is not None:
-        return MatmulSchedule(**found)
+        try:
+            schedule = MatmulSchedule(**found)
+            check_schedule(schedule, plan)
+        except (TypeError, ValueError) as error:
+            where = tuned.path_of(gpu)
+            raise ValueError(f"{where} is a table of another version ({error}): tune again, or delete it") from error
+        return schedule
     stages = 3 if plan.chunks == 1 else 2  # a chunk's sum on top: within the 64 KB of AMD's shared memory
     if itemsize == 4:
         return _choose_fp32(m, plan, tma, stages)

@@ -314,6 +314,21 @@ def test_a_damaged_table_is_named(tmp_path, monkeypatch, text):
         tuned.find("this one", 1, 1, 1)
 
 
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [({"registers": True}, "registers"), ({"tail_n": 16, "block_k": 128, "specialised": True}, "block_k must be 64")],
+)
+def test_a_table_of_another_version_is_named(tmp_path, monkeypatch, fields, said):
+    schedule = fields_of(MatmulSchedule(64, 64, 64, 4, 3)) | fields
+    (tmp_path / "this-one.json").write_text(as_text({"gpu": "this one"}, {(64, 32): {16: schedule}}))
+    monkeypatch.setattr(tuned, "FOLDER", tmp_path)
+    tuned._table.cache_clear()
+    choose_schedule.cache_clear()
+    with pytest.raises(ValueError, match=rf"this-one\.json is a table of another version .*{said}.*: tune again"):
+        choose_schedule(1, 64, plan_matmul(64, 32, 2), 2, True, 132, True, "this one")
+    tuned._table.cache_clear()
+
+
 TABLES = sorted(tuned.FOLDER.glob("*.json"))
 
 
