@@ -122,10 +122,10 @@ def check_first(compiled, size: int) -> None:
     """Refuse a compiled kernel in whose shared memory anything lies before byte ``size``, besides one first buffer.
 
     Raises:
-        RuntimeError: it does, so ``shared_memory`` is not where the kernel takes it to be.
+        RuntimeError: something does, or nothing lies behind it, where barriers should: then the ring is not where
+            ``shared_memory`` takes it to be.
     """
-    others = map(int, re.findall(r"@global_smem, i32 (\d+)", compiled.asm["llir"]))
-    if (nearest := min(others, default=size)) < size:
-        raise RuntimeError(
-            f"this Triton puts a buffer at byte {nearest} of shared memory, inside a ring of size={size}"
-        )
+    others = [int(offset) for offset in re.findall(r"@global_smem, i(?:32|64) (\d+)", compiled.asm["llir"])]
+    if not others or min(others) < size:
+        found = f"at bytes {sorted(set(others))[:3]}" if others else "nowhere"
+        raise RuntimeError(f"this Triton puts buffers {found} of shared memory, where a ring of size={size} is due")

@@ -51,6 +51,7 @@ class Compiled:
 
 def test_a_ring_that_is_not_first_is_refused():
     assert wgmma.check_first(Compiled(4096, 5000), 4096) is None
-    assert wgmma.check_first(Compiled(), 4096) is None
-    with pytest.raises(RuntimeError, match="byte 1024 of shared memory, inside a ring of size=4096"):
+    with pytest.raises(RuntimeError, match=r"at bytes \[1024, 5000\] of shared memory, where a ring of size=4096"):
         wgmma.check_first(Compiled(5000, 1024), 4096)
+    with pytest.raises(RuntimeError, match="nowhere of shared memory, where a ring of size=4096"):
+        wgmma.check_first(Compiled(), 4096)  # a text that is read wrongly proves nothing
