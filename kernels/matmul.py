@@ -80,6 +80,11 @@ class MatmulSchedule:
         return width, *(1 << bit for bit in reversed(range(tail.bit_length())) if tail >> bit & 1)
 
     @property
+    def left(self) -> int:
+        """How many rows a specialised tile's left side has: of the weight if ``swap``, else tokens."""
+        return self.block_n if self.swap else self.block_m
+
+    @property
     def tile(self) -> tuple[int, int]:
         """Rows and columns of ``c`` that one program computes at a time."""
         return self.block_m + self.tail_m, self.block_n + self.tail_n
@@ -98,14 +103,18 @@ class MatmulSchedule:
         return math.prod(self.cut(m, n, sms)[:2])
 
     @property
+    def ring_bytes(self) -> int:
+        """Bytes of all buffers for the operands of a specialised schedule, 16 bits an element."""
+        return 2 * sum(self.tile) * self.block_k * self.num_stages
+
+    @property
     def stores_apart(self) -> bool:
         """Whether each part of a specialised tile has room of its own where the result waits to be stored.
 
         Otherwise they pass through one buffer, one after the other: that costs time where K is short, but for some
         tiles it leaves room for one more step of the pipeline.
         """
-        rows, columns = self.tile
-        return 2 * ((rows + columns) * self.block_k * self.num_stages + rows * columns) <= SHARED_BYTES - 1024
+        return self.ring_bytes + 2 * math.prod(self.tile) <= SHARED_BYTES - 1024
 
     def fits(self, plan: MatmulPlan) -> bool:
         """Whether a thread has registers for the sums of this tile: twice as many where chunks are added up in turn.
@@ -134,12 +143,11 @@ def _clocks(width: int) -> float:
 def _step_clocks(schedule: MatmulSchedule, parts: tuple[int, ...]) -> float:
     """Clocks that ``parts`` of a specialised tile's right side take for 16 elements along K.
 
-    To multiply, or until L2 has delivered, 84 bytes a clock: the longer of the two, and a tenth of the other, with
-    which tiles of one product come out in the right proportion within 2 % (95 times on an H200, standard deviation).
+    To multiply, or until L2 has delivered, 84 bytes a clock: the longer of the two, and a tenth of the other, so that
+    of tiles that multiply as much the one that loads less is preferred.
     """
-    left = schedule.block_n if schedule.swap else schedule.block_m
     multiplied = _clocks(sum(parts)) if schedule.wide else sum(map(_clocks, parts))
-    bills = left / 64 * multiplied, (left + sum(parts)) * 32 / 84
+    bills = schedule.left / 64 * multiplied, (schedule.left + sum(parts)) * 32 / 84
     return max(bills) + min(bills) / 10
 
 
@@ -228,7 +236,7 @@ SWAPPED_TILES = ((64, 32, 0), (64, 128, 72), (128, 64, 48))
 """Left, right and tail of the specialised tiles that serve most shapes; of the second ones the weight is on the left.
 
 A model should not need many variants. With the estimate to choose among these they lose 2 % to each point's fastest,
-in the mean over the many rows of the H200's ``tune.json``; more of them would gain little.
+in the mean over the many rows of the H200's ``tune.json``, by which they were chosen; more would gain little.
 """
 
 SPECIALISED = tuple(specialised_schedule(*tile) for tile in COMMON_TILES)
@@ -242,10 +250,11 @@ def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms:
     A tile is a left side in blocks of 64 by a right side that one instruction multiplies, or one for each part, and
     each takes its ``_clocks`` for 16 elements along K. Sums in fp32 travel at 16 bytes a clock. The clock is that of
     tensor cores under load, 1600 MHz: a chip that multiplies without pause slows down. All that overlaps with the
-    bytes from memory, but not quite. For relays it is too hopeful, by a fifth in the one that is recorded.
+    bytes from memory, but not quite. It tells good tiles from bad ones rather than the best from the good: within a
+    product it correlates with an H200's times by 0.73, among tiles within 15 % of the fastest by 0.48. For relays it
+    is too hopeful, by a fifth in one record.
     """
-    rows, columns = schedule.tile
-    left, wide = (columns, rows) if schedule.swap else (rows, columns)
+    outputs = math.prod(schedule.tile)
     plain, heavy = _step_clocks(schedule, schedule.parts[:1]), _step_clocks(schedule, schedule.parts)
     chunks = plan.chunks if schedule.split else 1
     *blocks, tails = schedule.cut(m, n, sms)
@@ -254,8 +263,8 @@ def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms:
     rounds = jobs / sms if handed_over else triton.cdiv(jobs, sms)
     met = rounds * tails / blocks[0 if schedule.swap else 1]  # tails that the busiest program meets
     met = met if handed_over else math.ceil(met)
-    busy = (rounds * plain + met * (heavy - plain)) * plan.k / chunks / 16 + rounds * left * wide / 32
-    busy += left * wide / 4 * (2 * handed_over + (rounds + chunks) * (chunks > 1))  # sums written, and read again
+    busy = (rounds * plain + met * (heavy - plain)) * plan.k / chunks / 16 + rounds * outputs / 32
+    busy += outputs / 4 * (2 * handed_over + (rounds + chunks) * (chunks > 1))  # sums written, and read again
     bills = busy / 1600, 2 * (m * plan.k + n * plan.k + m * n) / 4.2e6
     return max(bills) + min(bills) / 4 + 2 + 2 * (chunks > 1)
 
@@ -801,8 +810,7 @@ def check_schedule(schedule: MatmulSchedule, plan: MatmulPlan) -> None:
     if (schedule.tail_m or schedule.tail_n) and not schedule.specialised:
         raise ValueError(f"schedule={schedule} has a tail, so it must be specialised")
     parts = schedule.parts
-    left = schedule.block_n if schedule.swap else schedule.block_m
-    if len(parts) > 1 and (schedule.block_k != 64 or left != 16 * schedule.num_warps):
+    if len(parts) > 1 and (schedule.block_k != 64 or schedule.left != 16 * schedule.num_warps):
         raise ValueError(f"schedule={schedule} has a tail: block_k must be 64, and the left side 16 rows a warp")
     if schedule.wide and (len(parts) == 1 or sum(parts) > WIDEST):
         raise ValueError(f"schedule={schedule} is wide: it must have a tail, and no more than {WIDEST} columns")

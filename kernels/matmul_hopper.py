@@ -176,23 +176,23 @@ def _rows_at(ring, eights, desc):
 
 
 @gluon.jit
-def _buffers(left_desc, right_descs, left_ring, right_rings, slot):
+def _buffers(left_desc, right_descs, rings, slot):
     """A slot's buffer for the left operand, and one for each part of the right one."""
-    if len(right_descs) == 1:
-        return left_ring.index(slot), (right_rings[0].index(slot),)
-    else:  # one ring, where a slot is the left operand's rows and, right behind them, the right one's
+    if len(rings) == 2:
+        return rings[0].index(slot), (rings[1].index(slot),)
+    else:  # one for both, where a slot is the left operand's rows and, right behind them, the right one's
         LEFT: gl.constexpr = left_desc.block_type.shape[0]
         first = slot * ((LEFT + _total(right_descs, 0)) // 8)
         rights = gl.tuple([])
         for part in gl.static_range(len(right_descs)):
             at = first + (LEFT + _total(right_descs[:part], 0)) // 8
-            rights = rights + (_rows_at(left_ring, at, right_descs[part]),)  # noqa: RUF005 (Gluon does not unpack)
-        return _rows_at(left_ring, first, left_desc), rights
+            rights = rights + (_rows_at(rings[0], at, right_descs[part]),)  # noqa: RUF005 (Gluon does not unpack)
+        return _rows_at(rings[0], first, left_desc), rights
 
 
 @gluon.jit
 def _produce(
-    left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k, blocks_m, blocks_n, tails,
+    left_desc, right_descs, rings, full, empty, M, N, K, chunk_k, blocks_m, blocks_n, tails,
     CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, DEALT: gl.constexpr, SWAP: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, BLOCK_K: gl.constexpr,
     STAGES: gl.constexpr, GROUP_M: gl.constexpr,
@@ -220,7 +220,7 @@ def _produce(
                     mbarrier.expect(arrived, BYTES)
             else:
                 mbarrier.expect(arrived, BYTES + TAIL_BYTES)
-            left, rights = _buffers(left_desc, right_descs, left_ring, right_rings, slot)
+            left, rights = _buffers(left_desc, right_descs, rings, slot)
             tma.async_copy_global_to_shared(left_desc, [start_left, k], arrived, left)
             tma.async_copy_global_to_shared(right_descs[0], [starts[0], k], arrived, rights[0])
             for part in gl.static_range(1, len(rights)):
@@ -240,10 +240,9 @@ def sums_at(sums_ptr, like):
 
 
 @gluon.constexpr_function
-def _pieces_of(right, tail, rest):
-    """Widths of the tensors that a tile's sums are: all the same, so that each part is some of them."""
-    width = math.gcd(right, tail, rest)
-    return (width,) * ((right + tail + rest) // width)
+def _piece_of(right, tail, rest):
+    """Width of each of the tensors that a tile's sums are: one that every part is a multiple of."""
+    return math.gcd(right, tail, rest)
 
 
 @gluon.constexpr_function
@@ -253,18 +252,13 @@ def _widths_of(right, tail, rest, wide):
 
 
 @gluon.jit
-def _nothing(LEFT: gl.constexpr, PIECES: gl.constexpr, WARPS: gl.constexpr):
-    """Zeros for each piece of a tile."""
+def _nothing(LEFT: gl.constexpr, COLUMNS: gl.constexpr, PIECE: gl.constexpr, WARPS: gl.constexpr):
+    """Zeros for a tile, in pieces of PIECE columns."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, PIECE, 16])
     sums = gl.tuple([])
-    for piece in gl.static_range(len(PIECES)):
-        sums = sums + (_zeros(LEFT, PIECES[piece], WARPS),)  # noqa: RUF005 (Gluon does not unpack)
+    for _ in gl.static_range(COLUMNS // PIECE):
+        sums = sums + (gl.zeros((LEFT, PIECE), gl.float32, LAYOUT),)  # noqa: RUF005 (Gluon does not unpack)
     return sums
-
-
-@gluon.jit
-def _zeros(LEFT: gl.constexpr, WIDTH: gl.constexpr, WARPS: gl.constexpr):
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [WARPS, 1], [16, WIDTH, 16])
-    return gl.zeros((LEFT, WIDTH), gl.float32, LAYOUT)
 
 
 @gluon.jit
@@ -406,7 +400,7 @@ def _store(descs, staging, sums, bias_ptr, start_left, starts, N, HAS_BIAS: gl.c
 
 @gluon.jit
 def _consume(
-    c_descs, bias_ptr, partial_ptr, done_ptr, left_ring, right_rings, staging, full, empty, M, N, K, chunk_k,
+    c_descs, bias_ptr, partial_ptr, done_ptr, rings, staging, full, empty, M, N, K, chunk_k,
     blocks_m, blocks_n, tails,
     HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, DEALT: gl.constexpr,
     SWAP: gl.constexpr, LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr,
@@ -414,11 +408,11 @@ def _consume(
     NUM_WARPS: gl.constexpr,
 ):  # fmt: skip
     PARTS: gl.constexpr = len(c_descs)
-    PIECES: gl.constexpr = _pieces_of(RIGHT, TAIL, REST)
-    PLAIN: gl.constexpr = RIGHT // PIECES[0]  # pieces of a tile without its tail
-    WIDTHS: gl.constexpr = _widths_of(RIGHT, TAIL, REST, WIDE)
     COLUMNS: gl.constexpr = RIGHT + TAIL + REST
-    DTYPE: gl.constexpr = left_ring.dtype
+    PIECE: gl.constexpr = _piece_of(RIGHT, TAIL, REST)
+    PLAIN: gl.constexpr = RIGHT // PIECE  # pieces of a tile without its tail
+    WIDTHS: gl.constexpr = _widths_of(RIGHT, TAIL, REST, WIDE)
+    DTYPE: gl.constexpr = rings[0].dtype
     TILE: gl.constexpr = LEFT * COLUMNS
     TURNS: gl.constexpr = 1 if SPLIT else CHUNKS
     jobs, steps = _jobs_and_steps(blocks_m, blocks_n, K, chunk_k, CHUNKS, SPLIT, BLOCK_K)
@@ -435,7 +429,7 @@ def _consume(
             tile, M, N, blocks_m, blocks_n, tails, DEALT, SWAP, LEFT, RIGHT, TAIL, REST, GROUP_M
         )
         for in_turn in gl.static_range(TURNS):
-            accs = _nothing(LEFT, PIECES, NUM_WARPS)
+            accs = _nothing(LEFT, COLUMNS, PIECE, NUM_WARPS)
             if RELAY:
                 going_on = first > 0  # from the sums of the program that began this job
                 if going_on:
@@ -449,9 +443,7 @@ def _consume(
                 start_k = in_turn * chunk_k
                 end_k = min(start_k + chunk_k, K)
             if PARTS == 1:
-                accs, step = multiply(
-                    accs, step, start_k, end_k, left_ring, right_rings, full, empty, BLOCK_K, STAGES
-                )
+                accs, step = multiply(accs, step, start_k, end_k, rings[0], rings[1:], full, empty, BLOCK_K, STAGES)
             elif DEALT:
                 # Two loops, each of which waits for its own: ptxas keeps wgmma in flight across no branch.
                 if tailed:
@@ -514,11 +506,11 @@ def _matmul_specialised_kernel(
     c_descs = (c_desc, c_tail_desc, c_rest_desc)[:PARTS]
     if PARTS == 1:
         left_ring = gl.allocate_shared_memory(left_desc.dtype, [STAGES, LEFT, BLOCK_K], left_desc.layout)
-        right_rings = (gl.allocate_shared_memory(right_desc.dtype, [STAGES, RIGHT, BLOCK_K], right_desc.layout),)
+        right_ring = gl.allocate_shared_memory(right_desc.dtype, [STAGES, RIGHT, BLOCK_K], right_desc.layout)
+        rings = (left_ring, right_ring)
     else:  # one ring for both operands, and the largest of all buffers: then it begins where shared memory does
-        ROWS_OF_RING: gl.constexpr = STAGES * (LEFT + RIGHT + TAIL + REST)
-        left_ring = gl.allocate_shared_memory(left_desc.dtype, [ROWS_OF_RING // 8, 8, BLOCK_K], left_desc.layout)
-        right_rings = ()
+        EIGHTS: gl.constexpr = STAGES * (LEFT + RIGHT + TAIL + REST) // 8
+        rings = (gl.allocate_shared_memory(left_desc.dtype, [EIGHTS, 8, BLOCK_K], left_desc.layout),)
     staging = gl.tuple([])  # a buffer for each part of the result, or one for all if not APART
     for part in gl.static_range(PARTS):
         c = c_descs[part]
@@ -537,12 +529,11 @@ def _matmul_specialised_kernel(
     # fmt: off
     gl.warp_specialize(
         [
-            (_consume, (c_descs, bias_ptr, partial_ptr, done_ptr, left_ring, right_rings, staging, full, empty,
-                        M, N, K, chunk_k, blocks_m, blocks_n, tails, HAS_BIAS, CHUNKS, SPLIT, RELAY, DEALT, SWAP,
-                        LEFT, RIGHT, TAIL, REST, WIDE, APART, BLOCK_K, STAGES, GROUP_M, num_warps)),
-            (_produce, (left_desc, right_descs, left_ring, right_rings, full, empty, M, N, K, chunk_k, blocks_m,
-                        blocks_n, tails, CHUNKS, SPLIT, RELAY, DEALT, SWAP, LEFT, RIGHT, TAIL, REST, BLOCK_K, STAGES,
-                        GROUP_M)),
+            (_consume, (c_descs, bias_ptr, partial_ptr, done_ptr, rings, staging, full, empty, M, N, K, chunk_k,
+                        blocks_m, blocks_n, tails, HAS_BIAS, CHUNKS, SPLIT, RELAY, DEALT, SWAP, LEFT, RIGHT, TAIL,
+                        REST, WIDE, APART, BLOCK_K, STAGES, GROUP_M, num_warps)),
+            (_produce, (left_desc, right_descs, rings, full, empty, M, N, K, chunk_k, blocks_m, blocks_n, tails,
+                        CHUNKS, SPLIT, RELAY, DEALT, SWAP, LEFT, RIGHT, TAIL, REST, BLOCK_K, STAGES, GROUP_M)),
         ],
         [1],  # warps of the producer
         [40],  # registers a thread of it; the consumers take what it leaves
@@ -578,14 +569,14 @@ def launch(
     """
     (m, k), n = a.shape, b.shape[1]
     s, weight = schedule, b.t()
-    left, right, tall = (weight, a, s.block_n) if s.swap else (a, weight, s.block_m)
+    left, right = (weight, a) if s.swap else (a, weight)
     parts = (*s.parts, 0, 0)[:3]
     compiled = launch_kernel(
         _matmul_specialised_kernel,
         (programs,),
-        _descriptor(left, tall, s.block_k),
+        _descriptor(left, s.left, s.block_k),
         *(_descriptor(right, width, s.block_k) if width else None for width in parts),
-        *(_descriptor(c, *((width, tall) if s.swap else (tall, width))) if width else None for width in parts),
+        *(_descriptor(c, *((width, s.left) if s.swap else (s.left, width))) if width else None for width in parts),
         bias,
         partial,
         counters,
@@ -599,7 +590,7 @@ def launch(
         SPLIT=s.split,
         RELAY=s.relay,
         SWAP=s.swap,
-        LEFT=tall,
+        LEFT=s.left,
         RIGHT=parts[0],
         TAIL=parts[1],
         REST=parts[2],
@@ -611,12 +602,7 @@ def launch(
         num_warps=s.num_warps,
     )
     if len(s.parts) > 1:
-        check_first(compiled, ring_bytes(s))
-
-
-def ring_bytes(schedule) -> int:
-    """Bytes of all buffers of a specialised schedule's operands, of 16 bits an element."""
-    return 2 * schedule.num_stages * schedule.block_k * sum(schedule.tile)
+        check_first(compiled, s.ring_bytes)
 
 
 def scratch(tiles: int, plan, schedule, programs: int) -> tuple[int, int]:

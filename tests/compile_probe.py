@@ -105,7 +105,7 @@ def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
         return f"tensordesc<bf16[{rows}, {columns}],{layout!r}>"
 
     s = schedule
-    left = s.block_n if s.swap else s.block_m
+    left = s.left
     parts = dict(zip(("RIGHT", "TAIL", "REST"), (*s.parts, 0, 0), strict=False))
     turned = slice(None, None, -1 if s.swap else 1)
     arguments, absent = {"left_desc": descriptor(left, s.block_k)}, {}

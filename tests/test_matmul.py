@@ -210,7 +210,7 @@ def placed(hopper, m, n, schedule, sms):
     assert jobs == schedule.tiles(m, n, sms) * split["CHUNKS"]
     hopper.gl.programs = min(jobs, sms)
     sides = dict(zip(("RIGHT", "TAIL", "REST"), (*schedule.parts, 0, 0), strict=False))
-    sides |= {"SWAP": schedule.swap, "LEFT": schedule.block_n if schedule.swap else schedule.block_m}
+    sides |= {"SWAP": schedule.swap, "LEFT": schedule.left}
     dealt = len(schedule.parts) > 1 and not schedule.split
     tiles = range(jobs // split["CHUNKS"])
     return [hopper._place(tile, m, n, *cut, dealt, **sides, GROUP_M=schedule.group_m) for tile in tiles], cut

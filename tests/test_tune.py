@@ -3,6 +3,8 @@
 import json
 from dataclasses import replace
 from itertools import product
+from math import log
+from statistics import correlation, fmean
 from types import SimpleNamespace
 
 import pytest
@@ -140,11 +142,9 @@ def test_every_specialised_schedule_fits_its_plan_and_shared_memory():
         found = list(specialised_schedules(plan))
         assert len(found) == len(set(found)) > 50
         for s in found:
-            (rows, columns), left = s.tile, s.block_n if s.swap else s.block_m
-            assert left % 64 == 0 and s.num_stages >= 3 and s.fits(plan)
+            assert s.left % 64 == 0 and s.num_stages >= 3 and s.fits(plan)
             check_schedule(s, plan)  # refuses what is none
-            staging = left * max(s.parts)
-            assert 2 * ((rows + columns) * s.block_k * s.num_stages + staging) <= SHARED_BYTES - 1024
+            assert s.ring_bytes + 2 * s.left * max(s.parts) <= SHARED_BYTES - 1024
             assert not (s.tail_n if s.swap else s.tail_m)
     assert any(s.relay and not s.split for s in found) and not any(s.split for s in found)
 
@@ -182,6 +182,39 @@ def test_the_estimate_knows_what_a_tail_costs_that_one_tile_has():
 def test_the_estimate_is_near_what_an_h200_measured(m, shape, schedule, measured_us):
     """Within an eighth: a chip under load slows its clock down, by more the longer a launch takes."""
     assert 0.88 < estimate_us(m, shape[0], plan_matmul(*shape, 2), schedule) / measured_us < 1.125
+
+
+@pytest.fixture(scope="module")
+def many_rows():
+    """(n, k, m, plan) and the times of the H200's newest run, for more rows than ``THIN``."""
+    (_, times) = read_runs(runs_of("NVIDIA H200"))[-1]
+    found = [(n, k, m, plan_matmul(n, k, 2), tried) for (n, k, m), tried in times.items() if m > THIN]
+    assert len(found) > 300
+    return found
+
+
+@pytest.mark.parametrize(("within", "least", "most"), [(99.0, 0.70, 0.76), (1.15, 0.45, 0.51)])
+def test_the_estimate_tells_good_tiles_from_bad_ones_as_well_as_it_says(within, least, most, many_rows):
+    """Its correlation with the times of a product's tiles; among near equals it is the lesser."""
+    estimates, measured = [], []
+    for n, _, m, plan, tried in many_rows:
+        tiles = {s: time for s, time in tried.items() if s.specialised and not s.relay}
+        near = [s for s, time in tiles.items() if time < within * min(tiles.values())]
+        estimated = [estimate_us(m, n, plan, s) for s in near]
+        for all_of, found in ((estimates, estimated), (measured, [tiles[s] for s in near])):
+            mean = fmean(map(log, found))
+            all_of += [log(one) - mean for one in found]
+    assert least < correlation(estimates, measured) < most
+
+
+def test_default_tiles_are_near_the_fastest_on_an_h200(many_rows):
+    """In the mean; all but one of the choices were timed there."""
+    losses = []
+    for n, _, m, plan, tried in many_rows:
+        if (schedule := choose_schedule(m, n, plan, 2, True, 132, True)) in tried:
+            losses.append(log(tried[schedule] / min(tried.values())))
+    assert len(losses) >= len(many_rows) - 1
+    assert 0.015 < fmean(losses) < 0.02
 
 
 def test_the_last_layer_is_tuned_for_few_rows():
