@@ -29,7 +29,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
-from triton.language.extra.cuda import gdc_wait
+from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 from triton.language.target_info import cuda_capability_geq
 from triton.runtime import driver
 
@@ -75,13 +75,50 @@ def wait_for_previous_launch():
     """Wait until every launch before this one has ended and what it wrote can be read.
 
     A kernel that is launched by ``launch`` calls this before it reads or writes global memory, or it would run beside
-    the one that makes its inputs. What needs no memory, setting up barriers say, belongs before it. To GPUs before
-    Hopper, and after an ordinary launch, it is nothing.
+    the one that makes its inputs. What needs no memory, setting up barriers say, belongs before it, and
+    ``fetch_into_l2`` may come before it. To GPUs before Hopper, and after an ordinary launch, it is nothing.
 
     Source: "Programmatic Dependent Launch and Synchronization" in Nvidia's CUDA C++ Programming Guide.
     """
     if not INTERPRETED and cuda_capability_geq(9, 0):
         gdc_wait()
+
+
+@triton.jit
+def let_next_launch_in():
+    """Allow the programs of the next launch on SMs that have room for them while this launch still runs.
+
+    They are placed when all programs of this launch have called this, or have ended, and then wait in
+    ``wait_for_previous_launch`` for its end. Without it they are placed at the end, all at once and in order.
+
+    Source: as above.
+    """
+    if not INTERPRETED and cuda_capability_geq(9, 0):
+        gdc_launch_dependents()
+
+
+FETCH_INTO_L2 = tl.constexpr("""
+    {
+        .reg .pred some;
+        setp.gt.s32 some, $2, 0;
+        @some cp.async.bulk.prefetch.L2.global [$1], $2;
+        mov.u32 $0, 0;
+    }
+""")
+
+
+@triton.jit
+def fetch_into_l2(pointers, sizes):
+    """Ask memory for ``sizes`` bytes at each of ``pointers``, multiples of 16, and do not wait for them.
+
+    The one thing that may be asked of memory ahead of ``wait_for_previous_launch``: it reads nothing. A byte that
+    the launch before writes after that is written to L2, too, and found there.
+
+    Source: ``cp.async.bulk.prefetch`` in Nvidia's "PTX ISA".
+    """
+    if not INTERPRETED and cuda_capability_geq(9, 0):
+        addresses = pointers.to(tl.int64, bitcast=True)
+        tl.inline_asm_elementwise(FETCH_INTO_L2, "=r,l,r", [addresses, sizes], dtype=tl.int32, is_pure=False, pack=1)
 
 
 def launch(kernel, grid: tuple[int, ...], *args, **constants):

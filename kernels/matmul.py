@@ -27,7 +27,16 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from kernels import tuned
 from kernels.checks import FLOATS, check_apart, check_float, check_like, check_shape
-from kernels.launch import finished_counters, launch, remembers, scratch, uncompiled, wait_for_previous_launch
+from kernels.launch import (
+    fetch_into_l2,
+    finished_counters,
+    launch,
+    let_next_launch_in,
+    remembers,
+    scratch,
+    uncompiled,
+    wait_for_previous_launch,
+)
 from kernels.plan import MatmulPlan, plan_matmul
 
 # ---------------------------------------------------------------------------------------------- schedule
@@ -55,6 +64,10 @@ class MatmulSchedule:
         of ``split`` or ``relay``, all do.
     wide: of a specialised tile with a tail: one ``wgmma`` multiplies all parts, up to 256 columns, not one for each,
         which would read the left operand anew.
+    early: persistent, and while it runs, programs of the next launch may be placed wherever an SM has room, to wait
+        there. So that one begins sooner; but which of its programs are neighbours on the chip is left to chance.
+    ahead: persistent and not specialised, and before the launch ahead has ended, so many elements along K of each row
+        of the weight that a program multiplies first are fetched into L2.
     """
 
     block_m: int
@@ -71,6 +84,8 @@ class MatmulSchedule:
     tail_m: int = 0
     tail_n: int = 0
     wide: bool = False
+    early: bool = False
+    ahead: int = 0
 
     @property
     def parts(self) -> tuple[int, ...]:
@@ -115,6 +130,11 @@ class MatmulSchedule:
         tiles it leaves room for one more step of the pipeline.
         """
         return self.ring_bytes + 2 * math.prod(self.tile) <= SHARED_BYTES - 1024
+
+    @property
+    def compiled(self) -> MatmulSchedule:
+        """What of it is compiled: all but ``early`` and ``ahead``, which a kernel is told when it is launched."""
+        return replace(self, early=False, ahead=0)
 
     def fits(self, plan: MatmulPlan) -> bool:
         """Whether a thread has registers for the sums of this tile: twice as many where chunks are added up in turn.
@@ -267,6 +287,11 @@ def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms:
     busy += outputs / 4 * (2 * handed_over + (rounds + chunks) * (chunks > 1))  # sums written, and read again
     bills = busy / 1600, 2 * (m * plan.k + n * plan.k + m * n) / 4.2e6
     return max(bills) + min(bills) / 4 + 2 + 2 * (chunks > 1)
+
+
+AHEAD = 256
+"""Elements of each row of the weight to fetch ahead, where that pays: 64 or 128 rows of them are on their way in the
+microsecond or two that a launch may wait for the one before; more are in the way of that one's own."""
 
 
 def thin_schedule(block_m: int, block_n: int, block_k: int, *, split: bool = False) -> MatmulSchedule | None:
@@ -532,17 +557,42 @@ def _matmul_kernel(
     tl.store(c_ptrs, total.to(c_ptr.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit
+def fetch_ahead(
+    b_ptr,
+    stride_bn,
+    ahead,
+    tile,
+    start_k,
+    end_k,
+    M,
+    N,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    GROUP_M: tl.constexpr,
+):
+    """Ask for the first ``ahead`` elements, from ``start_k`` on, of each row of the weight that a tile multiplies."""
+    _pid_m, pid_n = tile_of(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    offs_n = start_of(pid_n, N, BLOCK_N) + tl.arange(0, BLOCK_N)
+    size = min(end_k - start_k, ahead) * (b_ptr.dtype.element_ty.primitive_bitwidth // 8) // 16 * 16
+    fetch_into_l2(b_ptr + offs_n.to(tl.int64) * stride_bn + start_k, tl.where(offs_n < N, size, 0))
+
+
+@triton.jit(do_not_specialize=["M", "early", "ahead"])
 def _matmul_persistent_kernel(
     a_desc,
     b_desc,
+    b_ptr,
     bias_ptr,
     c_ptr,
     M,
     N,
     K,
     chunk_k,
+    stride_bn,
     stride_cm,
+    early,
+    ahead,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -555,6 +605,10 @@ def _matmul_persistent_kernel(
     GROUP_M: tl.constexpr,
     FLATTEN: tl.constexpr,
 ):
+    if early:
+        let_next_launch_in()
+    if ahead > 0:
+        fetch_ahead(b_ptr, stride_bn, ahead, tl.program_id(0), 0, K, M, N, BLOCK_M, BLOCK_N, GROUP_M)
     wait_for_previous_launch()
     num_tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in tl.range(tl.program_id(0), num_tiles, tl.num_programs(0), flatten=FLATTEN):
@@ -575,10 +629,11 @@ def _matmul_persistent_kernel(
         store_tile(c_ptr, bias_ptr, total, offs_m, offs_n, M, N, stride_cm, HAS_BIAS)
 
 
-@triton.jit(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M", "early", "ahead"])
 def _matmul_split_kernel(
     a_desc,
     b_desc,
+    b_ptr,
     bias_ptr,
     c_ptr,
     partial_ptr,
@@ -587,7 +642,10 @@ def _matmul_split_kernel(
     N,
     K,
     chunk_k,
+    stride_bn,
     stride_cm,
+    early,
+    ahead,
     HAS_BIAS: tl.constexpr,
     PRECISION: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -599,6 +657,12 @@ def _matmul_split_kernel(
     BLOCK_K: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    if early:
+        let_next_launch_in()
+    if ahead > 0:
+        start_k = tl.program_id(0) % CHUNKS * chunk_k
+        fetch_ahead(b_ptr, stride_bn, ahead, tl.program_id(0) // CHUNKS, start_k, min(start_k + chunk_k, K), M, N,
+                    BLOCK_M, BLOCK_N, GROUP_M)  # fmt: skip
     wait_for_previous_launch()
     num_jobs = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N) * CHUNKS
     for job in tl.range(tl.program_id(0), num_jobs, tl.num_programs(0)):
@@ -820,6 +884,12 @@ def check_schedule(schedule: MatmulSchedule, plan: MatmulPlan) -> None:
         raise ValueError(f"schedule={schedule} has a tile of parts {parts}: the first must be as wide as any")
     if len(parts) > 3:
         raise ValueError(f"schedule={schedule} has a tile of {len(parts)} parts, {parts}: three are the most")
+    if schedule.early and not (schedule.persistent or schedule.specialised):
+        raise ValueError(f"schedule={schedule} is early, so it must be persistent or specialised")
+    if schedule.ahead and (schedule.specialised or not schedule.persistent or schedule.ahead < 0):
+        raise ValueError(
+            f"schedule={schedule} fetches ahead: it must be persistent, not specialised, and ahead > 0 or 0"
+        )
     if schedule.relay and plan.chunks > 1 and not schedule.split:
         raise ValueError(f"schedule={schedule} hands over one sum, and {plan} has several: split them")
 
@@ -934,7 +1004,7 @@ def _launch(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: MatmulSchedu
         return
     sms = sm_count(a.device)
     tiles = schedule.tiles(m, n, sms)
-    options, sizes = _options(plan, schedule, bias), (m, n, k, plan.chunk_k)
+    options = _options(plan, schedule, bias)
     bias = None if bias is None else bias[0].contiguous()
     if schedule.specialised:
         from kernels import matmul_hopper  # Gluon: needed on Hopper alone
@@ -955,17 +1025,17 @@ def _launch(a, b, bias, alpha, beta, c, plan: MatmulPlan, schedule: MatmulSchedu
     a_desc, options["A_K_MAJOR"] = _descriptor(a, (schedule.block_m, schedule.block_k))
     b_desc, b_n_major = _descriptor(b, (schedule.block_k, schedule.block_n))
     options["B_K_MAJOR"] = not b_n_major
+    sizes = (m, n, k, plan.chunk_k, b.stride(1), c.stride(0))
+    operands, when = (a_desc, b_desc, b, bias, c), (int(schedule.early), 0 if b_n_major else schedule.ahead)
     counters = finished_counters(tiles, a.device) if schedule.split else None
     if counters is not None:
         partial = scratch(tiles * plan.chunks * math.prod(schedule.tile), a.device)
         grid = (min(sms, tiles * plan.chunks),)
-        launch(_matmul_split_kernel, grid, a_desc, b_desc, bias, c, partial, counters, *sizes, c.stride(0), **options)
+        launch(_matmul_split_kernel, grid, *operands, partial, counters, *sizes, *when, **options)
     else:
         flatten = schedule.block_m >= 128 and plan.chunks == 1
         grid = (min(sms, tiles),)
-        launch(
-            _matmul_persistent_kernel, grid, a_desc, b_desc, bias, c, *sizes, c.stride(0), FLATTEN=flatten, **options
-        )
+        launch(_matmul_persistent_kernel, grid, *operands, *sizes, *when, FLATTEN=flatten, **options)
 
 
 # --------------------------------------------------------------------------------------------- references

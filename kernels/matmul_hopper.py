@@ -44,7 +44,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from kernels.launch import launch as launch_kernel
-from kernels.launch import wait_for_previous_launch
+from kernels.launch import let_next_launch_in, wait_for_previous_launch
 from kernels.wgmma import ROW_BYTES, ROWS, check_first, shared_memory, wait_for_wgmma, warpgroup, wgmma
 
 GLUON_TYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16}
@@ -492,10 +492,10 @@ def _consume(
     tma.store_wait(0)
 
 
-@gluon.jit(do_not_specialize=["M", "blocks_m", "blocks_n", "tails"])
+@gluon.jit(do_not_specialize=["M", "blocks_m", "blocks_n", "tails", "early"])
 def _matmul_specialised_kernel(
     left_desc, right_desc, tail_desc, rest_desc, c_desc, c_tail_desc, c_rest_desc, bias_ptr, partial_ptr, done_ptr,
-    M, N, K, chunk_k, blocks_m, blocks_n, tails,
+    M, N, K, chunk_k, blocks_m, blocks_n, tails, early,
     HAS_BIAS: gl.constexpr, CHUNKS: gl.constexpr, SPLIT: gl.constexpr, RELAY: gl.constexpr, SWAP: gl.constexpr,
     LEFT: gl.constexpr, RIGHT: gl.constexpr, TAIL: gl.constexpr, REST: gl.constexpr, WIDE: gl.constexpr,
     APART: gl.constexpr, BLOCK_K: gl.constexpr, STAGES: gl.constexpr, GROUP_M: gl.constexpr, num_warps: gl.constexpr,
@@ -525,6 +525,8 @@ def _matmul_specialised_kernel(
         mbarrier.init(full.index(slot), count=1)
         mbarrier.init(empty.index(slot), count=1)
     fence_async_shared()
+    if early:
+        let_next_launch_in()
     wait_for_previous_launch()
     # fmt: off
     gl.warp_specialize(
@@ -585,6 +587,7 @@ def launch(
         k,
         plan.chunk_k,
         *cut,
+        int(s.early),
         HAS_BIAS=bias is not None,
         CHUNKS=plan.chunks,
         SPLIT=s.split,

@@ -20,6 +20,7 @@ import multiprocessing
 import os
 import sys
 from bisect import bisect_left
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, replace
 from datetime import UTC, datetime
@@ -35,6 +36,7 @@ from tqdm import tqdm
 
 from kernels import tuned
 from kernels.matmul import (
+    AHEAD,
     PERSISTENT_TILES,
     SPECIALISED,
     THIN,
@@ -61,7 +63,8 @@ VOCABULARY = 128256
 """Outputs of the last layer, which both models have and which ``MODELS`` leaves out: it runs once a token."""
 TENSOR_PARALLEL = (1, 2, 4, 8)
 VARIANTS = 12
-"""Most different kernels that a table gives one model; a schedule counts once for each number of chunks."""
+"""Most different kernels that a table gives one model; a schedule counts once for each number of chunks, and however
+it is launched."""
 FEW = {1: 4, 2: 4, 4: 2, 8: 2}
 """How many of them are for up to ``THIN`` rows, by the number of GPUs: searched for by themselves, since weighed
 against larger batches they would be given up. The narrow weights of many GPUs have so few tiles that for many rows
@@ -69,6 +72,8 @@ each wants its own.
 """
 COMPROMISES = 20
 """Variants that are tried at every point of a model."""
+LAUNCHED = 4
+"""Of these, so many of the fastest at a point are launched in all ways there."""
 FINALISTS = 3
 WORST = 10
 """The higher this power, the more many fast points count for less than one left slow."""
@@ -85,7 +90,19 @@ TOKENS = (8, 16, 32, 64, 100, 128, 192, 256, 384, 512, 777, 1024, 2048, 4096, 81
 """Batches that are tuned; one in between runs as the next larger one does, so they lie close where tiles are few."""
 
 Variant = tuple[int, MatmulSchedule]
-"""Chunks of the plan and a schedule: what is compiled."""
+"""Chunks of the plan and a schedule: what is compiled, and how it is launched."""
+
+
+def compiled(variant: Variant) -> Variant:
+    """What of a variant is compiled."""
+    chunks, schedule = variant
+    return chunks, schedule.compiled
+
+
+def launches_of(schedule: MatmulSchedule) -> list[MatmulSchedule]:
+    """All ways to launch a persistent or specialised schedule: late, early, and with bytes fetched ahead."""
+    early = replace(schedule, early=True)
+    return [schedule, early] if schedule.specialised else [schedule, early, replace(early, ahead=AHEAD)]
 
 
 def layers(model: str, tp: int) -> set[tuple[int, int]]:
@@ -209,25 +226,35 @@ def time_model(shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> dict
     """Times of variants at every point (n, k, m), as ``time_schedules`` gives them.
 
     At first those that promise most there. Then, of the specialised ones, also those that serve other points well: a
-    good compromise may be nobody's first choice.
+    good compromise may be nobody's first choice. Last the best of both, launched in all ways, side by side.
     """
     wgmma = has_wgmma(torch.device("cuda"))
     times: dict[tuple, dict[Variant, float]] = {}
 
-    def measure(wanted: Callable[[int, int, MatmulPlan], list[MatmulSchedule]], tokens: Iterable[int]) -> None:
+    def measure(wanted: Callable, tokens: Iterable[int], again: bool = False) -> None:
+        """Time what of ``wanted(m, n, plan)`` has not been timed, or all of it ``again``."""
         for n, k in sorted(shapes):
             weights, plan = cold_weights(n, k), plan_matmul(n, k, 2)
             for m in rows_of(n, tokens):
                 known = times.setdefault((n, k, m), {})
-                if tried := [s for s in wanted(m, n, plan) if (plan.chunks, s) not in known]:
+                if tried := [s for s in wanted(m, n, plan) if again or (plan.chunks, s) not in known]:
                     found = time_schedules(m, weights, tried)
                     known |= {(plan.chunks, schedule): time for schedule, time in found.items()}
 
+    def good_ones(tokens: Iterable[int]) -> set[Variant]:
+        return set(fastest_few({point: times[point] for point in times if point[2] in tokens}, COMPROMISES).values())
+
+    def launched(m: int, n: int, plan: MatmulPlan, few: set[Variant]) -> list[MatmulSchedule]:
+        known = times[n, plan.k, m]
+        best = sorted(known.keys() & few, key=known.get)[:LAUNCHED]
+        return [way for _, schedule in best for way in launches_of(schedule)]
+
     measure(partial(candidates, wgmma=wgmma), tokens)
-    many = {point: found for point, found in times.items() if point[2] > THIN}
+    many = [m for m in tokens if m > THIN]
     if wgmma and many:  # of few rows all tiles have been tried
-        good = set(fastest_few(many, COMPROMISES).values())
-        measure(partial(compromises_at, few=good), [m for m in tokens if m > THIN])
+        measure(partial(compromises_at, few=good_ones(many)), many)
+    for some in filter(None, ([m for m in tokens if m <= THIN], many)):
+        measure(partial(launched, few=good_ones(some)), some, again=True)
     return times
 
 
@@ -275,12 +302,17 @@ def fastest_few(times: dict[tuple, dict[Variant, float]], limit: int) -> dict[tu
 def choose_variants(times: dict[tuple, dict[Variant, float]], tp: int) -> dict[tuple, Variant]:
     """A variant for every point (n, k, m) of a model on ``tp`` GPUs.
 
-    At most ``FEW`` of them for few rows, and ``VARIANTS`` in all.
+    Compiled are at most ``FEW`` of them for few rows, and ``VARIANTS`` in all.
     """
+    best: dict[tuple, dict[Variant, Variant]] = {}  # way to launch what is compiled
+    kernels: dict[tuple, dict[Variant, float]] = {}  # and its time
+    for point, found in times.items():
+        best[point] = {compiled(variant): variant for variant in sorted(found, key=found.get, reverse=True)}
+        kernels[point] = {kernel: found[variant] for kernel, variant in best[point].items()}
     chosen = {}
     for thin, limit in ((True, FEW[tp]), (False, VARIANTS - FEW[tp])):
-        if points := {point: found for point, found in times.items() if (point[2] <= THIN) == thin}:
-            chosen |= fastest_few(points, limit)
+        if points := {point: found for point, found in kernels.items() if (point[2] <= THIN) == thin}:
+            chosen |= {point: best[point][kernel] for point, kernel in fastest_few(points, limit).items()}
     return chosen
 
 
@@ -335,7 +367,7 @@ def write_runs(path: Path, runs: list[tuple[dict, Times]]) -> None:
 def medians(
     runs: Iterable[tuple[dict, Times]], tokens: Iterable[int], spread: float = 0.0
 ) -> dict[tuple, dict[Variant, float]]:
-    """Median times over all runs, longer by ``spread`` over the root of the number of times that they are of.
+    """Median times over all runs, longer by ``spread`` over the root of the number of times known of the same kernel.
 
     A batch counts for the row of a table that serves it, the next of ``tokens``.
     """
@@ -348,10 +380,14 @@ def medians(
             known = times.setdefault((n, k, rows[bisect_left(rows, m)]), {})
             for schedule, time in found.items():
                 known.setdefault((plan_matmul(n, k, 2).chunks, schedule), []).append(time)
-    return {
-        point: {variant: median(all_of) * (1 + spread / len(all_of) ** 0.5) for variant, all_of in known.items()}
-        for point, known in times.items()
-    }
+    found = {}
+    for point, known in times.items():
+        count = Counter(compiled(variant) for variant, all_of in known.items() for _ in all_of)
+        found[point] = {
+            variant: median(all_of) * (1 + spread / count[compiled(variant)] ** 0.5)
+            for variant, all_of in known.items()
+        }
+    return found
 
 
 def draw_table(

@@ -40,7 +40,7 @@ from kernels import (
     w8a8,
     w8a8_hopper,
 )
-from kernels.launch import wait_for_previous_launch
+from kernels.launch import fetch_into_l2, wait_for_previous_launch
 from kernels.plan import (
     HEAD_DIMS,
     AttentionPlan,
@@ -62,8 +62,8 @@ TARGETS = {
 TMA_TARGETS = ("sm_90", "sm_100")
 SHARED_KB = {"sm_80": (163, 99), "sm_90": (227,), "sm_100": (227,), "gfx942": (64,)}
 """Shared memory of a program; consumer GPUs have 99 KB and multiply as sm_80 does."""
-TOUCHES_MEMORY = r"\b(?:ld|st|red|atom)\.(?:[\w.]*\.)?global|\bcp\.async"
-"""PTX instructions that read or write global memory, or ask for it."""
+TOUCHES_MEMORY = r"\b(?:ld|st|red|atom)\.(?:[\w.]*\.)?global|\bcp\.async(?!\.bulk\.prefetch\.L2)"
+"""PTX instructions that read or write global memory. To fetch into L2 is neither: L2 is where writes go."""
 TYPES = {"bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 
 
@@ -120,7 +120,7 @@ def specialised_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan):
         else:
             absent |= {right: None, c: None}
     arguments |= {"M": "i32", "N": "i32", "K": "i32", "chunk_k": "i32", "bias_ptr": "*bf16"}
-    arguments |= {"blocks_m": "i32", "blocks_n": "i32", "tails": "i32"}
+    arguments |= {"blocks_m": "i32", "blocks_n": "i32", "tails": "i32", "early": "i32"}
     constants = {"CHUNKS": plan.chunks, "HAS_BIAS": True, "SPLIT": s.split, "RELAY": s.relay, "SWAP": s.swap}
     constants |= {"LEFT": left, **parts, **absent, "BLOCK_K": s.block_k, "STAGES": s.num_stages}
     constants |= {"WIDE": s.wide, "APART": s.stores_apart, "GROUP_M": s.group_m, "num_warps": s.num_warps}
@@ -156,6 +156,8 @@ def matmul_case(schedule: matmul.MatmulSchedule, plan: MatmulPlan, dtype: str, s
         arguments["a_desc"] = f"tensordesc<{dtype}[{schedule.block_m}, {schedule.block_k}]>"
         arguments["b_desc"] = f"tensordesc<{dtype}[{schedule.block_n}, {schedule.block_k}]>"
         constants |= {"A_K_MAJOR": True, "B_K_MAJOR": True}
+        arguments |= {"b_ptr": pointer, "stride_bn": "i32", "early": "i32", "ahead": "i32"}
+        divisible |= {"b_ptr", "stride_bn"}
     else:
         kernel = matmul._matmul_kernel
         arguments |= {"a_ptr": pointer, "b_ptr": pointer, "stride_am": "i32", "stride_bn": "i32"}
@@ -401,9 +403,16 @@ def _waits(x_ptr):
     tl.store(x_ptr, tl.load(x_ptr) + 1)
 
 
+@triton.jit
+def _waits_once_it_has_fetched(x_ptr):
+    fetch_into_l2(x_ptr + tl.arange(0, 32) * 4, tl.full((32,), 16, tl.int32))
+    wait_for_previous_launch()
+    tl.store(x_ptr, tl.load(x_ptr) + 1)
+
+
 def controls():
     """(label, source, options) of kernels that are known to wait, or not to."""
-    for kernel in (_never_waits, _waits_late, _waits):
+    for kernel in (_never_waits, _waits_late, _waits, _waits_once_it_has_fetched):
         yield kernel.__name__, specialised(kernel, {"x_ptr": "*fp32"}, {}, set()), {"num_warps": 1}
 
 

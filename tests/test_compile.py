@@ -71,7 +71,12 @@ def test_the_ring_of_a_tile_with_a_tail_begins_shared_memory(compiled):
 
 def test_a_missing_and_a_late_wait_are_seen():
     found = {kernel["kernel"]: kernel["waits_first"] for kernel in probe("controls")}
-    assert found == {"_never_waits": False, "_waits_late": False, "_waits": True}
+    assert found == {
+        "_never_waits": False,
+        "_waits_late": False,
+        "_waits": True,
+        "_waits_once_it_has_fetched": True,
+    }
 
 
 def test_shared_memory_fits(compiled):

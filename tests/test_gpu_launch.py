@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from kernels import launch
 from kernels.activation import silu_mul
 from kernels.attention import attention, attention_paged
-from kernels.matmul import matmul
+from kernels.matmul import matmul, specialised_schedule, thin_schedule
 from kernels.norm import rms_norm
 from kernels.quant import per_channel_quant, per_token_quant, rms_norm_per_token_quant, silu_mul_per_token_quant
 from kernels.rope import rope_table, rope_to_cache
@@ -204,3 +206,43 @@ def test_a_chain_of_launches_that_overlap_has_the_bits_of_one_at_a_time(m):
             captured.fill_(float("nan"))
             graph.replay()
             assert same_bits(captured, bits)
+
+
+THIN_ONE = thin_schedule(16, 64, 128)
+ENDS = {
+    "early": replace(THIN_ONE, early=True),
+    "ahead": replace(THIN_ONE, early=True, ahead=256),
+    "all ahead": replace(THIN_ONE, early=True, ahead=4096),
+    "ahead alone": replace(THIN_ONE, ahead=256),
+    "split": replace(THIN_ONE, early=True, ahead=256, split=True),
+    "specialised": replace(specialised_schedule(64, 16, swap=True), early=True),
+    "specialised and split": replace(specialised_schedule(64, 64, split=True), early=True),
+}
+
+
+@pytest.mark.parametrize("schedule", ENDS.values(), ids=ENDS)
+def test_a_weight_that_the_launch_before_writes_is_read_when_it_is_written(schedule):
+    """Also where its rows have been asked for before that: while the memory still held another weight."""
+    n, k = (768, 4096) if schedule.split else (6144, 1024)
+    factors, other, x = [randn(n, 256, seed=seed) for seed in (1, 2)], randn(k, 256, seed=3), randn(16, k, seed=4)
+    weight, makes = torch.empty(n, k, dtype=BF16, device="cuda"), replace(specialised_schedule(128, 128), early=True)
+
+    def chain():
+        found = []
+        for turn in range(20):
+            matmul(factors[turn % 2], other.t(), out=weight, schedule=makes)
+            found.append(matmul(x, weight.t(), schedule=schedule))
+        return found
+
+    with launch.launches_apart():
+        want = chain()
+    assert not same_bits(*want[:2])
+    chain()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = chain()
+    for _ in range(20):
+        for c in captured:
+            c.fill_(float("nan"))
+        graph.replay()
+        assert all(same_bits(*pair) for pair in zip(captured, want, strict=True))

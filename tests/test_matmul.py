@@ -29,6 +29,7 @@ SCHEDULES = [
     MatmulSchedule(16, 64, 32, 4, 3, swap=True),
     MatmulSchedule(32, 64, 32, 4, 3, persistent=True),
     MatmulSchedule(16, 32, 64, 4, 3, swap=True, persistent=True, group_m=2),
+    MatmulSchedule(16, 32, 64, 4, 3, swap=True, persistent=True, early=True, ahead=40),
 ]
 
 
@@ -350,6 +351,10 @@ TAILED = specialised_schedule(128, 64, 16, swap=True)
         ),
         ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], tail_n=16)}, ValueError, "tail on its left side"),
         ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], wide=True)}, ValueError, "wide: it must have a tail"),
+        ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], early=True)}, ValueError, "early=True.* is early, so it"),
+        ({"a": A, "b": B, "schedule": replace(SCHEDULES[1], ahead=8)}, ValueError, "ahead=8.* must be persistent"),
+        ({"a": A, "b": B, "schedule": replace(SCHEDULES[2], ahead=-8)}, ValueError, "ahead=-8.* ahead > 0"),
+        ({"a": A, "b": B, "schedule": replace(TAILED, ahead=8)}, ValueError, "ahead=8.* not specialised"),
         (
             {"a": A, "b": B, "schedule": MatmulSchedule(64, 64, 64, 4, 3, specialised=True, tail_n=56)},
             ValueError,
