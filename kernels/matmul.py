@@ -255,8 +255,8 @@ COMMON_TILES += ((128, 128, 0), (128, 128, 32), (128, 128, 64), (128, 256, 0))
 SWAPPED_TILES = ((64, 32, 0), (64, 128, 72), (128, 64, 48))
 """Left, right and tail of the specialised tiles that serve most shapes; of the second ones the weight is on the left.
 
-A model should not need many variants. With the estimate to choose among these they lose 2 % to each point's fastest,
-in the mean over the many rows of the H200's ``tune.json``, by which they were chosen; more would gain little.
+A model should not need many variants. With the estimate to choose among these they lose 2 to 3 % to each point's
+fastest, in the mean over the many rows of the H200's ``tune.json``; more would gain little.
 """
 
 SPECIALISED = tuple(specialised_schedule(*tile) for tile in COMMON_TILES)
@@ -289,9 +289,8 @@ def estimate_us(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule, sms:
     return max(bills) + min(bills) / 4 + 2 + 2 * (chunks > 1)
 
 
-AHEAD = 256
-"""Elements of each row of the weight to fetch ahead, where that pays: 64 or 128 rows of them are on their way in the
-microsecond or two that a launch may wait for the one before; more are in the way of that one's own."""
+EARLY_US = 10
+"""Up to so many microseconds by the estimate it pays more often than not to let the next launch in early (H200)."""
 
 
 def thin_schedule(block_m: int, block_n: int, block_k: int, *, split: bool = False) -> MatmulSchedule | None:
@@ -348,10 +347,13 @@ def choose_schedule(
             return MatmulSchedule(max(16, triton.next_power_of_2(m)), 64, 64, 4, stages, swap=True)
         return MatmulSchedule(64, 64, 64, 4, stages) if m <= 64 else MatmulSchedule(128, 128, 32, 8, stages)
     if m <= THIN or (m <= 64 and plan.chunks > 1):
-        return _choose_thin(m, n, plan, sms, specialised)
-
+        thin = _choose_thin(m, n, plan, sms, specialised)
+        return replace(thin, early=specialised and estimate_us(m, n, plan, thin, sms) < EARLY_US)
     if specialised:
-        return min((s for s in SPECIALISED if s.fits(plan)), key=lambda s: estimate_us(m, n, plan, s, sms))
+        us, _, tile = min(
+            (estimate_us(m, n, plan, s, sms), at, s) for at, s in enumerate(SPECIALISED) if s.fits(plan)
+        )
+        return replace(tile, early=us < EARLY_US)
 
     def cost(candidate: tuple[MatmulSchedule, float]) -> float:
         schedule, rate = candidate

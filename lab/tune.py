@@ -36,7 +36,6 @@ from tqdm import tqdm
 
 from kernels import tuned
 from kernels.matmul import (
-    AHEAD,
     PERSISTENT_TILES,
     SPECIALISED,
     THIN,
@@ -72,6 +71,10 @@ each wants its own.
 """
 COMPROMISES = 20
 """Variants that are tried at every point of a model."""
+AHEAD = 256
+"""Elements of each row of the weight that the tuner tries to fetch ahead, of a few sizes the best on an H200: as much
+as arrives while a launch waits for the one before. More would be in the way of that one's own bytes.
+"""
 LAUNCHED = 4
 """Of these, so many of the fastest at a point are launched in all ways there."""
 FINALISTS = 3

@@ -8,8 +8,12 @@ import subprocess
 import sys
 
 import pytest
+import torch
 
+from kernels import launch, matmul
+from kernels.matmul import specialised_schedule, thin_schedule
 from lab.device import ROOT
+from lab.tune import launches_of
 
 pytestmark = pytest.mark.gpu
 
@@ -48,3 +52,25 @@ def test_a_first_call_compiles_in_under_five_seconds(tmp_path):
     seconds = json.loads(done.stdout.splitlines()[-1])
     assert len(seconds) == 10
     assert max(seconds.values()) < 5, seconds
+
+
+@pytest.mark.parametrize(
+    "schedule", [thin_schedule(16, 64, 128), thin_schedule(16, 64, 128, split=True), specialised_schedule(64, 64)]
+)
+def test_all_ways_to_launch_share_what_is_compiled(schedule, monkeypatch):
+    from kernels import matmul_hopper
+
+    compiled, launches = set(), []
+
+    def watched(kernel, grid, *args, **constants):
+        launches.append(kernel)
+        compiled.add(made := launch.launch(kernel, grid, *args, **constants))
+        return made
+
+    monkeypatch.setattr(matmul, "launch", watched)
+    monkeypatch.setattr(matmul_hopper, "launch_kernel", watched)
+    a, b = (torch.ones(rows, 4096, device="cuda", dtype=torch.bfloat16) for rows in (40, 768))
+    for way in launches_of(schedule):
+        matmul.matmul(a, b.t(), schedule=way)
+    assert len(launches) == len(launches_of(schedule)) >= 2
+    assert len(compiled) == 1

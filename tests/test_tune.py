@@ -198,7 +198,7 @@ def test_the_estimate_tells_good_tiles_from_bad_ones_as_well_as_it_says(within, 
     """Its correlation with the times of a product's tiles; among near equals it is the lesser."""
     estimates, measured = [], []
     for n, _, m, plan, tried in many_rows:
-        tiles = {s: time for s, time in tried.items() if s.specialised and not s.relay}
+        tiles = {s: time for s, time in tried.items() if s.specialised and not (s.relay or s.early)}
         near = [s for s, time in tiles.items() if time < within * min(tiles.values())]
         estimated = [estimate_us(m, n, plan, s) for s in near]
         for all_of, found in ((estimates, estimated), (measured, [tiles[s] for s in near])):
@@ -208,13 +208,12 @@ def test_the_estimate_tells_good_tiles_from_bad_ones_as_well_as_it_says(within, 
 
 
 def test_default_tiles_are_near_the_fastest_on_an_h200(many_rows):
-    """In the mean; all but one of the choices were timed there."""
+    """In the mean, launched as they are by default, or late where only that was timed."""
     losses = []
     for n, _, m, plan, tried in many_rows:
-        if (schedule := choose_schedule(m, n, plan, 2, True, 132, True)) in tried:
-            losses.append(log(tried[schedule] / min(tried.values())))
-    assert len(losses) >= len(many_rows) - 1
-    assert 0.015 < fmean(losses) < 0.02
+        schedule = choose_schedule(m, n, plan, 2, True, 132, True)
+        losses.append(log(tried.get(schedule, tried[schedule.compiled]) / min(tried.values())))
+    assert 0.020 < fmean(losses) < 0.025
 
 
 def test_the_last_layer_is_tuned_for_few_rows():
