@@ -30,6 +30,7 @@ from lab.tune import (
     as_text,
     candidates,
     choose_variants,
+    compiled,
     compromises_at,
     draw_table,
     fastest_few,
@@ -292,6 +293,16 @@ def test_a_batch_counts_for_the_row_that_serves_it_in_the_median_of_all_runs():
     assert found[64, 32, 16] == pytest.approx({(1, FAST): 2.0, (1, SLOW): 3.0})
 
 
+def test_a_kernel_is_known_by_all_ways_to_launch_it():
+    """And of a kernel that is kept, the way that is fastest at the point."""
+    early = replace(specialised_schedule(64, 64), early=True)
+    point, other = (64, 32, 16), (64, 32, 8)
+    run = {point: {early: 1.0, early.compiled: 1.1}, other: {early: 1.0, early.compiled: 0.9}}
+    times = medians([(ORIGIN, run)], (8, 16), spread=0.02)
+    assert times[point][1, early] == pytest.approx(1 + 0.02 / 2**0.5)
+    assert choose_variants(times, 1) == {point: (1, early), other: (1, early.compiled)}
+
+
 def test_one_lucky_time_does_not_beat_many():
     often = {(64, 32, 16): {FAST: 1.0}}
     once = {(64, 32, 16): {FAST: 1.0, SLOW: 0.99}}
@@ -386,7 +397,7 @@ def test_a_model_needs_at_most_a_dozen_variants(path):
     for model in MODELS:
         for tp in TENSOR_PARALLEL:
             used = {
-                (plan_matmul(*shape, 2).chunks, MatmulSchedule(**schedules[index]))
+                compiled((plan_matmul(*shape, 2).chunks, MatmulSchedule(**schedules[index])))
                 for shape in layers(model, tp) & set(rows)
                 for index in rows[shape].values()
             }
