@@ -64,7 +64,7 @@ TENSOR_PARALLEL = (1, 2, 4, 8)
 VARIANTS = 12
 """Most different kernels that a table gives one model; a schedule counts once for each number of chunks, and however
 it is launched."""
-FEW = {1: 4, 2: 4, 4: 2, 8: 2}
+FEW = {1: 4, 2: 4, 4: 3, 8: 3}
 """How many of them are for up to ``THIN`` rows, by the number of GPUs: searched for by themselves, since weighed
 against larger batches they would be given up. The narrow weights of many GPUs have so few tiles that for many rows
 each wants its own.
@@ -77,6 +77,10 @@ as arrives while a launch waits for the one before. More would be in the way of 
 """
 LAUNCHED = 4
 """Of these, so many of the fastest at a point are launched in all ways there."""
+WORTH_US = 30
+"""Only where the estimate is less, an early launch is tried, or counts if it was: it saves a microsecond or two. What
+seems to be more, beside a longer time, is luck, and is made up for by the order in which programs lie on the chip.
+"""
 FINALISTS = 3
 WORST = 10
 """The higher this power, the more many fast points count for less than one left slow."""
@@ -106,6 +110,11 @@ def launches_of(schedule: MatmulSchedule) -> list[MatmulSchedule]:
     """All ways to launch a persistent or specialised schedule: late, early, and with bytes fetched ahead."""
     early = replace(schedule, early=True)
     return [schedule, early] if schedule.specialised else [schedule, early, replace(early, ahead=AHEAD)]
+
+
+def worth_trying(m: int, n: int, plan: MatmulPlan, schedule: MatmulSchedule) -> bool:
+    """Whether the schedule is launched late, or so short for ``m`` rows that it may well be early."""
+    return not schedule.early or estimate_us(m, n, plan, schedule) < WORTH_US
 
 
 def layers(model: str, tp: int) -> set[tuple[int, int]]:
@@ -250,7 +259,8 @@ def time_model(shapes: Iterable[tuple[int, int]], tokens: Iterable[int]) -> dict
     def launched(m: int, n: int, plan: MatmulPlan, few: set[Variant]) -> list[MatmulSchedule]:
         known = times[n, plan.k, m]
         best = sorted(known.keys() & few, key=known.get)[:LAUNCHED]
-        return [way for _, schedule in best for way in launches_of(schedule)]
+        ways = [way for _, schedule in best for way in launches_of(schedule)]
+        return [way for way in ways if worth_trying(m, n, plan, way)]
 
     measure(partial(candidates, wgmma=wgmma), tokens)
     many = [m for m in tokens if m > THIN]
@@ -380,9 +390,10 @@ def medians(
         for (n, k, m), found in measured.items():
             if m > rows[-1]:
                 continue
-            known = times.setdefault((n, k, rows[bisect_left(rows, m)]), {})
+            known, plan = times.setdefault((n, k, rows[bisect_left(rows, m)]), {}), plan_matmul(n, k, 2)
             for schedule, time in found.items():
-                known.setdefault((plan_matmul(n, k, 2).chunks, schedule), []).append(time)
+                if worth_trying(m, n, plan, schedule):
+                    known.setdefault((plan.chunks, schedule), []).append(time)
     found = {}
     for point, known in times.items():
         count = Counter(compiled(variant) for variant, all_of in known.items() for _ in all_of)
