@@ -12,7 +12,7 @@ A CUDA graph saves more still, but only where shapes *and addresses* stay. This 
 The GPU has work of its own at a launch: programs must be placed, and begin with barriers and descriptors to set up,
 before the first byte is asked for. From Hopper on all that may happen while the launch before is still finishing
 ("programmatic dependent launch"), if the kernel itself waits before it looks at memory: see
-``wait_for_previous_launch``.
+``wait_for_previous_launch``. Earlier still, if the launch before says so: see ``let_next_launch_in``.
 """
 
 from __future__ import annotations

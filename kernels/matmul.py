@@ -320,7 +320,7 @@ def choose_schedule(
     What a tuner has found fastest for this shape on the GPU called ``gpu``, if it has. Otherwise: with few rows the
     weight's bytes are the cost, so thin tiles with the weight on the left and a deep pipeline. With many, the tensor
     cores' time is: of the large tiles, the one whose last wave of programs leaves the fewest SMs idle, on Hopper by
-    the estimate.
+    the estimate; and where that is short, the launch is early.
 
     Args:
         tma: whether both operands can be loaded through TMA descriptors.
@@ -350,10 +350,8 @@ def choose_schedule(
         thin = _choose_thin(m, n, plan, sms, specialised)
         return replace(thin, early=specialised and estimate_us(m, n, plan, thin, sms) < EARLY_US)
     if specialised:
-        us, _, tile = min(
-            (estimate_us(m, n, plan, s, sms), at, s) for at, s in enumerate(SPECIALISED) if s.fits(plan)
-        )
-        return replace(tile, early=us < EARLY_US)
+        tile = min((s for s in SPECIALISED if s.fits(plan)), key=lambda s: estimate_us(m, n, plan, s, sms))
+        return replace(tile, early=estimate_us(m, n, plan, tile, sms) < EARLY_US)
 
     def cost(candidate: tuple[MatmulSchedule, float]) -> float:
         schedule, rate = candidate
@@ -888,10 +886,10 @@ def check_schedule(schedule: MatmulSchedule, plan: MatmulPlan) -> None:
         raise ValueError(f"schedule={schedule} has a tile of {len(parts)} parts, {parts}: three are the most")
     if schedule.early and not (schedule.persistent or schedule.specialised):
         raise ValueError(f"schedule={schedule} is early, so it must be persistent or specialised")
-    if schedule.ahead and (schedule.specialised or not schedule.persistent or schedule.ahead < 0):
-        raise ValueError(
-            f"schedule={schedule} fetches ahead: it must be persistent, not specialised, and ahead > 0 or 0"
-        )
+    if schedule.ahead and (schedule.specialised or not schedule.persistent):
+        raise ValueError(f"schedule={schedule} fetches ahead, so it must be persistent, and not specialised")
+    if schedule.ahead < 0:
+        raise ValueError(f"schedule={schedule} fetches ahead={schedule.ahead} elements: none are the fewest")
     if schedule.relay and plan.chunks > 1 and not schedule.split:
         raise ValueError(f"schedule={schedule} hands over one sum, and {plan} has several: split them")
 

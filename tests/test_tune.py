@@ -19,6 +19,7 @@ from kernels.matmul import (
     choose_schedule,
     estimate_us,
     specialised_schedule,
+    thin_schedule,
 )
 from kernels.plan import plan_matmul
 from lab.tune import (
@@ -35,6 +36,7 @@ from lab.tune import (
     draw_table,
     fastest_few,
     fields_of,
+    launches_of,
     layers,
     main,
     medians,
@@ -301,6 +303,24 @@ def test_a_kernel_is_known_by_all_ways_to_launch_it():
     times = medians([(ORIGIN, run)], (8, 16), spread=0.02)
     assert times[point][1, early] == pytest.approx(1 + 0.02 / 2**0.5)
     assert choose_variants(times, 1) == {point: (1, early), other: (1, early.compiled)}
+
+
+def test_an_early_launch_counts_only_where_it_is_short():
+    early = replace(specialised_schedule(128, 128), early=True)
+    short, long = (4096, 512, 128), (28672, 8192, 4096)
+    run = {point: {early: 1.0, early.compiled: 1.1} for point in (short, long)}
+    times = medians([(ORIGIN, run)], TOKENS)
+    assert set(times[short]) == {(1, early), (1, early.compiled)}
+    assert set(times[long]) == {(1, early.compiled)}
+
+
+def test_all_ways_to_launch_a_schedule_are_schedules():
+    for schedule in (thin_schedule(16, 64, 128), specialised_schedule(64, 64)):
+        ways = launches_of(schedule)
+        assert ways[0] == schedule and {way.compiled for way in ways} == {schedule}
+        assert {way.ahead > 0 for way in ways if way.early} == {False, not schedule.specialised}
+        for way in ways:
+            check_schedule(way, plan_matmul(4096, 4096, 2))
 
 
 def test_one_lucky_time_does_not_beat_many():
