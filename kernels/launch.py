@@ -91,7 +91,7 @@ def let_next_launch_in():
     They are placed when all programs of this launch have called this, or have ended, and then wait in
     ``wait_for_previous_launch`` for its end. Without it they are placed at the end, all at once and in order.
 
-    Source: as above.
+    Source: as for ``wait_for_previous_launch``.
     """
     if not INTERPRETED and cuda_capability_geq(9, 0):
         gdc_launch_dependents()
