@@ -24,6 +24,7 @@ from kernels.matmul import (
 from kernels.plan import plan_matmul
 from lab.tune import (
     FEW,
+    LAUNCHED,
     MODELS,
     TENSOR_PARALLEL,
     TOKENS,
@@ -46,6 +47,7 @@ from lab.tune import (
     shard,
     specialised_schedules,
     thin_schedules,
+    time_model,
     time_schedules,
     write_runs,
 )
@@ -321,6 +323,27 @@ def test_all_ways_to_launch_a_schedule_are_schedules():
         assert {way.ahead > 0 for way in ways if way.early} == {False, not schedule.specialised}
         for way in ways:
             check_schedule(way, plan_matmul(4096, 4096, 2))
+
+
+def test_the_best_few_of_a_short_point_are_launched_in_all_ways(monkeypatch):
+    """Side by side in one call; and of those that are not among them, or long, no launch is early."""
+    calls = []
+
+    def time(m, weights, schedules):
+        calls.append(schedules)
+        return {s: 1.0 + sum(map(ord, repr(s.compiled))) % 97 / 100 - s.early / 1000 for s in schedules}
+
+    monkeypatch.setattr("lab.tune.has_wgmma", lambda device: True)
+    monkeypatch.setattr("lab.tune.cold_weights", lambda n, k: [])
+    monkeypatch.setattr("lab.tune.time_schedules", time)
+    times = time_model({(4096, 512), (28672, 8192)}, [8, 256, 8192])
+    for m in (8, 256):
+        found = times[4096, 512, m]
+        early = {compiled(variant) for variant in found if variant[1].early}
+        late = sorted((variant for variant in found if not variant[1].early), key=found.get)
+        assert 1 <= len(early) <= LAUNCHED and late[0] in early
+        assert any({s for _, s in early} == {s.compiled for s in schedules} for schedules in calls)
+    assert not any(schedule.early for _, schedule in times[28672, 8192, 8192])
 
 
 def test_one_lucky_time_does_not_beat_many():
