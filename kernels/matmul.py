@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 
 import torch
 import triton
@@ -346,12 +346,12 @@ def choose_schedule(
         if m <= THIN:
             return MatmulSchedule(max(16, triton.next_power_of_2(m)), 64, 64, 4, stages, swap=True)
         return MatmulSchedule(64, 64, 64, 4, stages) if m <= 64 else MatmulSchedule(128, 128, 32, 8, stages)
-    if m <= THIN or (m <= 64 and plan.chunks > 1):
-        thin = _choose_thin(m, n, plan, sms, specialised)
-        return replace(thin, early=specialised and estimate_us(m, n, plan, thin, sms) < EARLY_US)
-    if specialised:
-        tile = min((s for s in SPECIALISED if s.fits(plan)), key=lambda s: estimate_us(m, n, plan, s, sms))
-        return replace(tile, early=estimate_us(m, n, plan, tile, sms) < EARLY_US)
+    thin = m <= THIN or (m <= 64 and plan.chunks > 1)
+    if thin or specialised:
+        estimate = partial(estimate_us, m, n, plan, sms=sms)
+        fitting = (s for s in SPECIALISED if s.fits(plan))
+        chosen = _choose_thin(m, n, plan, sms, specialised) if thin else min(fitting, key=estimate)
+        return replace(chosen, early=specialised and estimate(chosen) < EARLY_US)
 
     def cost(candidate: tuple[MatmulSchedule, float]) -> float:
         schedule, rate = candidate

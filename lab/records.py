@@ -41,21 +41,7 @@ PROVENANCE = ("gpu", "driver", "torch", "triton", "commit", "measured_at")
 # Columns of whole numbers; `*_ms` and `*_per_s` are positive decimals, and these may be zero; the rest is text.
 MAY_BE_ZERO = frozenset({"error", "largest_difference", "kl", "reading"})
 COUNTS = frozenset(
-    {
-        "hidden",
-        "residual",
-        "m",
-        "n",
-        "k",
-        "tp",
-        "bytes",
-        "program",
-        "sm",
-        "rows",
-        "rows_differing",
-        "settings",
-        "results",
-    }
+    {"hidden", "residual", "m", "n", "k", "tp", "bytes", "rows", "rows_differing", "settings", "results"}
     | {"passed", "failed", "skipped", "batch", "heads_q", "heads_kv", "head_dim", "q_len", "kv_len", "causal"}
     | {"page_size", "tokens", "cuda_graph", "requests", "prompts", "completions", "unique_completions"}
     | {"first_divergence", "promote_k", "migrated", "launches", "program", "sm"}

@@ -62,8 +62,9 @@ VOCABULARY = 128256
 """Outputs of the last layer, which both models have and which ``MODELS`` leaves out: it runs once a token."""
 TENSOR_PARALLEL = (1, 2, 4, 8)
 VARIANTS = 12
-"""Most different kernels that a table gives one model; a schedule counts once for each number of chunks, and however
-it is launched."""
+"""Most different kernels that a table gives one model; a schedule counts once for each number of chunks, in whatever
+way it is launched.
+"""
 FEW = {1: 4, 2: 4, 4: 3, 8: 3}
 """How many of them are for up to ``THIN`` rows, by the number of GPUs: searched for by themselves, since weighed
 against larger batches they would be given up. The narrow weights of many GPUs have so few tiles that for many rows
@@ -72,14 +73,14 @@ each wants its own.
 COMPROMISES = 20
 """Variants that are tried at every point of a model."""
 AHEAD = 256
-"""Elements of each row of the weight that the tuner tries to fetch ahead, of a few sizes the best on an H200: as much
-as arrives while a launch waits for the one before. More would be in the way of that one's own bytes.
+"""Elements of each row of the weight that the tuner tries to fetch ahead, the best of six sizes on an H200.
+What does not arrive while a launch waits for the one before is in the way of that one's own bytes.
 """
 LAUNCHED = 4
-"""Of these, so many of the fastest at a point are launched in all ways there."""
+"""So many of the compromises, the fastest at a point, are launched in all ways there."""
 WORTH_US = 30
-"""Only where the estimate is less, an early launch is tried, or counts if it was: it saves a microsecond or two. What
-seems to be more, beside a longer time, is luck, and is made up for by the order in which programs lie on the chip.
+"""Only where the estimate is less is an early launch tried, or counted if it was. It saves a microsecond or two, for
+which it gives up the order in which programs lie on the chip; of a longer time, what it seems to save is luck.
 """
 FINALISTS = 3
 WORST = 10

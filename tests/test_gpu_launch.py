@@ -208,19 +208,19 @@ def test_a_chain_of_launches_that_overlap_has_the_bits_of_one_at_a_time(m):
             assert same_bits(captured, bits)
 
 
-THIN_ONE = thin_schedule(16, 64, 128)
-ENDS = {
-    "early": replace(THIN_ONE, early=True),
-    "ahead": replace(THIN_ONE, early=True, ahead=256),
-    "all ahead": replace(THIN_ONE, early=True, ahead=4096),
-    "ahead alone": replace(THIN_ONE, ahead=256),
-    "split": replace(THIN_ONE, early=True, ahead=256, split=True),
+THIN_TILE = thin_schedule(16, 64, 128)
+WAYS_TO_BEGIN = {
+    "early": replace(THIN_TILE, early=True),
+    "ahead": replace(THIN_TILE, early=True, ahead=256),
+    "all ahead": replace(THIN_TILE, early=True, ahead=4096),
+    "ahead alone": replace(THIN_TILE, ahead=256),
+    "split": replace(THIN_TILE, early=True, ahead=256, split=True),
     "specialised": replace(specialised_schedule(64, 16, swap=True), early=True),
     "specialised and split": replace(specialised_schedule(64, 64, split=True), early=True),
 }
 
 
-@pytest.mark.parametrize("schedule", ENDS.values(), ids=ENDS)
+@pytest.mark.parametrize("schedule", WAYS_TO_BEGIN.values(), ids=WAYS_TO_BEGIN)
 def test_a_weight_that_the_launch_before_writes_is_read_when_it_is_written(schedule):
     """Also where its rows have been asked for before that: while the memory still held another weight."""
     n, k = (768, 4096) if schedule.split else (6144, 1024)
